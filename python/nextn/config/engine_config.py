@@ -1,0 +1,38 @@
+"""What the engine needs to know, frozen: the part of the server's arguments that concerns the model and the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Resolved once at the edge (flags, environment, YAML, or keyword arguments of ``nextn.LLM``).
+
+    model_path: a folder in the Hugging Face layout
+    draft_model_path: take the NextN layer from this folder instead of ``model_path``
+    draft_quantization: None keeps what the loader detects; "unquant" dequantizes; else a method's name
+    dtype: computing type of what is not quantized; "auto" is float32 on CPU
+    context_length: None takes max_position_embeddings
+    max_total_tokens: KV slots in all; None picks a size from memory
+    chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts
+    num_draft_steps: drafts per step; None is 3 when the checkpoint has a NextN layer and 0 when it has none
+    """
+
+    model_path: str
+    draft_model_path: str | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: str | None = None
+    draft_quantization: str | None = None
+    context_length: int | None = None
+    max_running_requests: int = 64
+    max_queued_requests: int = 1024
+    max_total_tokens: int | None = None
+    chunked_prefill_size: int = 512
+    schedule_policy: Literal["fcfs", "priority"] = "fcfs"
+    page_size: int = 16
+    enable_prefix_cache: bool = True
+    num_draft_steps: int | None = None
+    random_seed: int = 0

@@ -1,0 +1,94 @@
+"""The engine behind its socket: one process that receives requests, steps, and sends what each step produced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import NextnError
+from nextn.execution.engine import Engine
+from nextn.protocol.channel import EngineEnd
+from nextn.protocol.messages import (
+    Abort,
+    AddRequest,
+    CallReply,
+    EngineFailed,
+    EngineReady,
+    FlushCache,
+    GetInfo,
+    RequestOutput,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+)
+
+IDLE_POLL_MS = 500
+"""How often an idle engine looks whether its parent still lives."""
+
+logger = logging.getLogger(__name__)
+
+
+def run_engine(
+    engine_config: EngineConfig, socket_dir: str, parent_pid: int, num_threads: int | None, log_level: str
+) -> None:
+    """Entry point of the engine process: load, say ready, serve until told to stop or the parent is gone."""
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what ends when
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    end = EngineEnd(Path(socket_dir))
+    try:
+        engine = Engine(engine_config)
+        end.send(
+            EngineReady(
+                model=engine.info(),
+                max_total_tokens=engine.stats().num_pages * engine.stats().page_size,
+                context_length=engine.context_length,
+                vocab_size=engine.vocab_size,
+                eos_token_ids=list(engine.eos_token_ids),
+                load_seconds=engine.load_seconds,
+            )
+        )
+        _serve(engine, end, parent_pid)
+    except NextnError as error:
+        end.send(EngineFailed(str(error), user_error=True))
+    except Exception as error:
+        logger.exception("the engine failed")
+        end.send(EngineFailed(f"{type(error).__name__}: {error}"))
+    finally:
+        end.close()
+
+
+def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        outputs: list[RequestOutput] = []
+        messages = end.receive(0 if engine.has_work else IDLE_POLL_MS)
+        for message in messages:
+            if isinstance(message, Shutdown):
+                end.send(StepOutput(outputs + engine.abort(None), engine.stats()))
+                return
+            outputs += _handle(engine, end, message)
+        outputs += engine.step()
+        if outputs or messages:
+            end.send(StepOutput(outputs, engine.stats()))
+
+
+def _handle(engine: Engine, end: EngineEnd, message: ToEngine) -> list[RequestOutput]:
+    match message:
+        case AddRequest():
+            refusal = engine.add(message)
+            return [refusal] if refusal is not None else []
+        case Abort(rid):
+            return engine.abort(rid)
+        case FlushCache(call_id):
+            end.send(CallReply(call_id, {"flushed_pages": engine.flush_cache()}))
+        case GetInfo(call_id):
+            end.send(CallReply(call_id, engine.info()))
+        case Shutdown():
+            raise AssertionError("Shutdown ends the loop before this")
+    return []

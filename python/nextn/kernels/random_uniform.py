@@ -1,0 +1,46 @@
+"""Counter-based random numbers: a pure function of (seed, position, stream), so batching cannot change them.
+
+The mixer is SplitMix64's finalizer (Steele, Lea & Flood, 2014, "Fast splittable pseudorandom number generators"),
+applied once per key word. Cost: a dozen integer operations per number; limited by launches.
+"""
+
+from __future__ import annotations
+
+import torch
+
+DRAFT_STREAM = 0
+"""Draws the draft token of a position."""
+ACCEPT_STREAM = 1
+"""Decides whether the draft of a position is accepted."""
+FINAL_STREAM = 2
+"""Draws the token of a position from the residual, or from the target where there was no draft."""
+
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def random_uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), one per (seed, position).
+
+    seeds: [n] int64
+    positions: [n] or [n, k] int64
+    stream: which of the independent numbers of that key
+    Returns float64 of positions' shape, with 53 random bits.
+    """
+    state = _mix(seeds + (stream + 1) * _GOLDEN_GAMMA)
+    if positions.dim() == 2:
+        state = state[:, None]
+    bits = _mix(state + (positions + 1) * _GOLDEN_GAMMA)
+    return _logical_shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    z = (z ^ _logical_shift_right(z, 30)) * _MIX_1
+    z = (z ^ _logical_shift_right(z, 27)) * _MIX_2
+    return z ^ _logical_shift_right(z, 31)
+
+
+def _logical_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """int64 >> is arithmetic; clear the sign's copies."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,1 @@
+"""Messages between the server and the engine process, and the channel that carries them."""

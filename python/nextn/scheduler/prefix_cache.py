@@ -1,0 +1,125 @@
+"""A tree of computed KV pages, keyed by the tokens they hold, for requests that share a prefix.
+
+A node is one full page. Its key is the page's tokens under its parent's path, so equal paths mean equal prefixes by
+comparison of tokens, never by hash alone. A sequence holds a reference on every node of its path; nodes without
+references stay until memory is needed, and go least recently used first, leaves before their parents.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class CacheNode:
+    """One cached page. ``last_used`` is a logical clock value."""
+
+    __slots__ = ("alive", "children", "key", "last_used", "page", "parent", "ref_count")
+
+    def __init__(self, parent: CacheNode | None, key: tuple[int, ...], page: int) -> None:
+        self.parent = parent
+        self.key = key
+        self.page = page
+        self.children: dict[tuple[int, ...], CacheNode] = {}
+        self.ref_count = 0
+        self.last_used = 0
+        self.alive = True
+
+
+class _Candidate(NamedTuple):
+    last_used: int
+    order: int
+    node: CacheNode
+
+
+class PrefixCache:
+    """The tree, its reference counts and its eviction order."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._roots: dict[str, CacheNode] = {}
+        self._clock = 0
+        self._order = 0
+        self._candidates: list[_Candidate] = []
+        self.num_pages = 0
+        self.num_evictable = 0
+
+    def match(self, tokens: Sequence[int], salt: str, max_tokens: int) -> list[CacheNode]:
+        """The longest cached path for ``tokens``, at most ``max_tokens`` long. Takes no reference."""
+        node = self._roots.get(salt)
+        path: list[CacheNode] = []
+        size = self._page_size
+        while node is not None and (len(path) + 1) * size <= max_tokens:
+            node = node.children.get(tuple(tokens[len(path) * size : (len(path) + 1) * size]))
+            if node is not None:
+                path.append(node)
+        return path
+
+    def insert(self, parent: CacheNode | None, salt: str, key: tuple[int, ...], page: int) -> CacheNode:
+        """The node for ``key`` under ``parent`` (None: the salt's root); made with ``page`` unless it exists.
+
+        The caller compares ``node.page`` with ``page`` to learn whether its page was taken.
+        """
+        if parent is None:
+            parent = self._roots.setdefault(salt, CacheNode(None, (), -1))
+        node = parent.children.get(key)
+        if node is None:
+            node = CacheNode(parent, key, page)
+            parent.children[key] = node
+            self.num_pages += 1
+            self.num_evictable += 1
+            self._offer(node)
+        return node
+
+    def acquire(self, nodes: Iterable[CacheNode]) -> None:
+        for node in nodes:
+            if node.ref_count == 0:
+                self.num_evictable -= 1
+            node.ref_count += 1
+
+    def release(self, nodes: Sequence[CacheNode]) -> None:
+        """Give back references; the path becomes the most recently used one."""
+        self._clock += 1
+        for node in reversed(nodes):
+            assert node.ref_count > 0, "a cache node was released twice"
+            node.ref_count -= 1
+            node.last_used = self._clock
+            if node.ref_count == 0:
+                self.num_evictable += 1
+                self._offer(node)
+
+    def evict(self, num_pages: int) -> list[int]:
+        """Remove up to ``num_pages`` unreferenced nodes and return their pages."""
+        pages: list[int] = []
+        while len(pages) < num_pages and self._candidates:
+            last_used, _, node = heapq.heappop(self._candidates)
+            if not node.alive or node.ref_count or node.children or node.last_used != last_used:
+                continue
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.key]
+            node.alive = False
+            self.num_pages -= 1
+            self.num_evictable -= 1
+            pages.append(node.page)
+            self._offer(parent)
+        return pages
+
+    def _offer(self, node: CacheNode) -> None:
+        """Make ``node`` a candidate for eviction if it is an unreferenced leaf (checked again when its turn comes)."""
+        if node.parent is not None and node.ref_count == 0 and not node.children:
+            self._order += 1
+            heapq.heappush(self._candidates, _Candidate(node.last_used, self._order, node))
+
+    def pages_with_references(self) -> dict[int, int]:
+        """Page → reference count, over the whole tree; for checks."""
+        found: dict[int, int] = {}
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            if node.parent is not None:
+                assert node.page not in found, "a page stands twice in the prefix cache"
+                found[node.page] = node.ref_count
+        return found

@@ -1,0 +1,230 @@
+"""Continuous batching: every step, each running sequence gets one extend; waiting ones join as memory allows.
+
+There is no prefill phase and no decode phase (Yu et al., 2022, "Orca"; Agrawal et al., 2023, "Sarathi"): a prompt chunk
+is an extend by many tokens, a decode step an extend by one known token and k drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from dataclasses import dataclass
+
+from nextn.protocol.messages import AddRequest, TokenLogprobs
+from nextn.scheduler.kv_pages import KVPages
+from nextn.scheduler.sequence import Sequence, Status
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """max_prefill_tokens: most prompt tokens computed in one step; 0 is no bound
+    num_drafts: drafts per verify step
+    by_priority: larger ``priority`` first, else first come, first served
+    """
+
+    max_running: int
+    max_queued: int
+    max_prefill_tokens: int
+    context_length: int
+    num_drafts: int
+    by_priority: bool
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extend:
+    """What one sequence computes in a step: tokens[start : start + num_tokens], then ``num_drafts`` drafts.
+
+    decides: the rows from the last known token on choose new tokens
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    num_drafts: int
+    decides: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the model decided for one extend: accepted drafts and one more token; empty for a partial prompt chunk.
+
+    has_draft_state: the draft head has seen the sequence's last token, so it can draft in the next step
+    """
+
+    tokens: list[int]
+    num_accepted: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    has_draft_state: bool = False
+
+
+class Scheduler:
+    """Owns all sequences from arrival to their end."""
+
+    def __init__(self, config: SchedulerConfig, pages: KVPages) -> None:
+        self._config = config
+        self.pages = pages
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._by_rid: dict[str, Sequence] = {}
+        self._free_slots = list(range(config.max_running - 1, -1, -1))
+        self._num_arrived = 0
+        self.num_preemptions = 0
+
+    def __contains__(self, rid: str) -> bool:
+        return rid in self._by_rid
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.waiting) >= self._config.max_queued
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.running, *self.waiting]
+
+    def add(self, request: AddRequest) -> Sequence:
+        """Queue a request. The caller has checked that it fits and that the queue is not full."""
+        sampling = request.sampling
+        eos = () if sampling.ignore_eos else self._config.eos_token_ids
+        seq = Sequence(
+            request=request,
+            arrival=self._num_arrived,
+            arrival_time=time.monotonic(),
+            max_new_tokens=min(sampling.max_new_tokens, self._config.context_length - len(request.input_ids)),
+            stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
+        )
+        self._num_arrived += 1
+        self._by_rid[request.rid] = seq
+        insort(self.waiting, seq, key=self._rank)
+        return seq
+
+    def _rank(self, seq: Sequence) -> tuple[int, int]:
+        """Smaller runs first and is preempted last."""
+        return (-seq.request.priority if self._config.by_priority else 0, seq.arrival)
+
+    def schedule(self) -> list[Extend]:
+        """Choose the next step's extends and give each the pages it needs, preempting the last in rank if need be."""
+        extends: list[Extend] = []
+        budget = self._config.max_prefill_tokens or 1 << 60
+        preempted = False
+        for seq in sorted(self.running, key=self._rank):
+            extend = self._plan(seq, budget) if seq.status is Status.RUNNING else None
+            while extend is not None and not self._make_room(extend):
+                # The last in rank stands at or after seq in this loop, so nothing planned so far is lost.
+                victim = max(self.running, key=self._rank)
+                self._preempt(victim)
+                preempted = True
+                extend = None if victim is seq else extend
+            if extend is not None:
+                extends.append(extend)
+                budget -= 0 if seq.is_decoding else extend.num_tokens
+        return extends if preempted else extends + self._admit(budget)
+
+    def _plan(self, seq: Sequence, budget: int) -> Extend | None:
+        if seq.is_decoding:
+            drafts = min(self._config.num_drafts, seq.max_new_tokens - seq.num_output - 1) if seq.has_draft_state else 0
+            return Extend(seq, seq.num_computed, 1, max(drafts, 0), decides=True)
+        num_tokens = min(budget, seq.compute_target - seq.num_computed)
+        if num_tokens <= 0:
+            return None
+        decides = seq.num_output == 0 and seq.num_computed + num_tokens == len(seq.tokens)
+        return Extend(seq, seq.num_computed, num_tokens, 0, decides)
+
+    def _make_room(self, extend: Extend) -> bool:
+        """Pages for the known tokens, the drafts, and the draft layer's entry of the token decided last."""
+        return self.pages.grow(extend.seq, extend.end + extend.num_drafts + 1)
+
+    def _admit(self, budget: int) -> list[Extend]:
+        admitted: list[Extend] = []
+        while self.waiting and self._free_slots and budget > 0:
+            seq = self.waiting[0]
+            self.pages.attach_prefix(seq, self._max_prefix(seq))
+            extend = self._plan(seq, budget)
+            missing = self.pages.pages_for(len(seq.tokens) + 1) - len(seq.pages)
+            if extend is None or missing > self.pages.num_available or not self._make_room(extend):
+                self.pages.release(seq)
+                break
+            self.waiting.pop(0)
+            seq.status = Status.RUNNING
+            seq.slot = self._free_slots.pop()
+            if seq.cached_tokens is None:
+                seq.cached_tokens = seq.num_computed
+                seq.first_scheduled_time = time.monotonic()
+            self.running.append(seq)
+            admitted.append(extend)
+            budget -= extend.num_tokens
+        return admitted
+
+    def _max_prefix(self, seq: Sequence) -> int:
+        """At least one token must be computed, and every prompt position whose logprob is wanted and not yet known."""
+        limit = seq.compute_target - 1
+        start = seq.request.prompt_logprobs_start
+        if start is not None and seq.num_output == 0 and seq.prompt_logprobs is not None:
+            limit = min(limit, max(start + len(seq.prompt_logprobs) - 1, 0))
+        return limit
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's pages; it waits again and is recomputed, mostly from the prefix cache."""
+        self._stop_running(seq)
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=self._rank)
+        self.num_preemptions += 1
+
+    def _stop_running(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._free_slots.append(seq.slot)
+        seq.slot = -1
+        self.pages.release(seq)
+
+    def commit(self, extend: Extend, decision: Decision) -> list[int]:
+        """Record what a step computed and decided; ends the sequence if a decided token does. Returns tokens kept."""
+        seq = extend.seq
+        seq.resumed_from_cache = False
+        if decision.prompt_logprobs and seq.prompt_logprobs is not None:
+            seq.prompt_logprobs.extend(decision.prompt_logprobs)
+        kept = seq.append(decision.tokens)
+        seq.num_computed = extend.end if not extend.decides else len(seq.tokens) - 1
+        seq.has_draft_state = decision.has_draft_state
+        if extend.decides:
+            seq.num_verify_passes += 1
+            seq.num_drafted += extend.num_drafts
+            seq.num_accepted += min(decision.num_accepted, len(kept))
+        self.pages.publish(seq)
+        if seq.finish_reason is not None:
+            self.finish(seq)
+        return kept
+
+    def finish(self, seq: Sequence) -> None:
+        """Release everything a sequence holds, wherever it stands. Called exactly once per sequence."""
+        assert seq.status is not Status.FINISHED, f"request {seq.request.rid} ended twice"
+        if seq.status is Status.RUNNING:
+            self._stop_running(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.status = Status.FINISHED
+        del self._by_rid[seq.request.rid]
+
+    def abort(self, rid: str) -> Sequence | None:
+        """End a request now; None if it is not here (any more)."""
+        seq = self._by_rid.get(rid)
+        if seq is not None:
+            seq.finish_reason = "abort"
+            self.finish(seq)
+        return seq
+
+    def check(self) -> None:
+        """Assert the invariants of pages, slots and queues."""
+        self.pages.check(self.sequences)
+        assert all(not seq.pages and seq.slot == -1 for seq in self.waiting), "a waiting sequence holds resources"
+        slots = [seq.slot for seq in self.running]
+        assert sorted(slots + self._free_slots) == list(range(self._config.max_running)), "a slot is lost or shared"
+        assert set(self._by_rid.values()) == set(self.sequences)

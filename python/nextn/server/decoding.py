@@ -1,0 +1,92 @@
+"""From raw bytes to a typed request: the one place where a bad body becomes a 400 or 413 with its ``param``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from nextn.server.errors import ApiError, invalid, too_large
+
+T = TypeVar("T")
+
+MAX_DEPTH = 64
+"""Levels of nesting in free-form JSON (tools, template arguments): deeper than any schema, far from recursion limits."""
+
+_PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$?(?P<path>[^`]*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, or 413 as soon as more than ``max_bytes`` were announced or received."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise too_large(f"The body has {announced} bytes; at most {max_bytes} are accepted.")
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise too_large(f"The body has more than {max_bytes} bytes, the most that is accepted.")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def read(request: Request, decoder: msgspec.json.Decoder[T], max_bytes: int) -> T:
+    return decode(await read_body(request, max_bytes), decoder)
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode strictly: unknown fields, wrong types, numbers out of range, NaN and bad UTF-8 are all refused."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _from_validation(str(error)) from None
+    except UnicodeDecodeError:
+        raise invalid("The body is not valid UTF-8.") from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise invalid("The body is nested too deeply.") from None
+
+
+def check_depth(value: Any, param: str) -> None:
+    """Refuse free-form JSON that recursive code further down (templates, encoders) could not walk."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for item in level for child in _children(item)]
+        if not level:
+            return
+    raise invalid(f"'{param}' is nested more than {MAX_DEPTH} levels deep.", param)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _from_validation(text: str) -> ApiError:
+    match = _PATH.match(text)
+    assert match is not None
+    reason, path = match["reason"], (match["path"] or "").lstrip(".")
+    if unknown := _UNKNOWN.match(reason):
+        field = _join(path, unknown["field"])
+        return invalid(f"Unknown parameter '{field:.200}'.", field[:200], "unknown_parameter")
+    if missing := _MISSING.match(reason):
+        field = _join(path, missing["field"])
+        return invalid(f"Missing required parameter '{field}'.", field, "missing_required_parameter")
+    if not path:
+        return invalid(f"The body is wrong: {_lower_first(reason)}.")
+    return invalid(f"Invalid '{path:.200}': {_lower_first(reason)}.", path[:200], "invalid_value")
+
+
+def _join(path: str, field: str) -> str:
+    return f"{path}.{field}" if path else field
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,268 @@
+"""The server's view of the engine process: its state, its statistics, and the requests it works on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from nextn.protocol.channel import ServerEnd
+from nextn.protocol.messages import (
+    Abort,
+    AddRequest,
+    CallReply,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FlushCache,
+    FromEngine,
+    GetInfo,
+    RequestOutput,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+)
+from nextn.server.errors import ApiError, invalid, unavailable
+from nextn.server.generation import Generation
+from nextn.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT = 10.0
+"""Seconds that a FlushCache or GetInfo may take: the engine answers between two steps."""
+
+
+class EngineState(Enum):
+    """LOADING → READY → DRAINING, and DEAD from anywhere."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class _Running:
+    """One engine request: where its outputs go, and the times its metrics need."""
+
+    __slots__ = ("arrived_at", "generation", "index", "last_output_at", "num_tokens")
+
+    def __init__(self, generation: Generation, index: int, now: float) -> None:
+        self.generation = generation
+        self.index = index
+        self.arrived_at = now
+        self.last_output_at: float | None = None
+        self.num_tokens = 0
+
+
+class EngineClient:
+    """Owns the server's end of the channel. Lives on one event loop; none of its methods is thread-safe."""
+
+    def __init__(self, end: ServerEnd, metrics: Metrics) -> None:
+        self.ready: EngineReady | None = None
+        self.stats = EngineStats()
+        self.state = EngineState.LOADING
+        self.failure: EngineFailed | None = None
+        self._end = end
+        self._metrics = metrics
+        self._running: dict[str, _Running] = {}
+        self._groups: dict[str, Generation] = {}
+        self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._num_calls = 0
+        self._outgoing: asyncio.Queue[ToEngine] = asyncio.Queue()
+        self._settled = asyncio.Event()
+        self._heard_at = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to listen and to send, on the running loop."""
+        self._tasks = [asyncio.create_task(self._receive_forever()), asyncio.create_task(self._send_forever())]
+
+    async def wait_until_settled(self) -> None:
+        """Return when the engine is ready or has failed."""
+        await self._settled.wait()
+
+    async def close(self) -> None:
+        """Fail what still runs, tell the engine to leave, and release the sockets."""
+        if self.state is not EngineState.DEAD:
+            self.fail("the server is shutting down", kind="unavailable")
+            await self._end.send(Shutdown())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._end.close()
+
+    @property
+    def num_running(self) -> int:
+        """Engine requests whose last output has not come yet."""
+        return len(self._running)
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the engine last said anything while it had something to do."""
+        if not self._running:
+            return 0.0
+        oldest = min(running.arrived_at for running in self._running.values())
+        return time.monotonic() - max(self._heard_at, oldest)
+
+    def require_ready(self) -> EngineReady:
+        """The loaded engine's description, or 503 with the reason why there is none."""
+        match self.state:
+            case EngineState.LOADING:
+                raise unavailable("The model is still loading; try again in a moment.")
+            case EngineState.DRAINING:
+                raise unavailable("The server is shutting down and takes no new requests.")
+            case EngineState.DEAD:
+                reason = self.failure.message if self.failure else "unknown"
+                raise unavailable(f"The engine has stopped: {reason}")
+        assert self.ready is not None
+        return self.ready
+
+    def submit(self, rid: str, requests: Sequence[AddRequest], min_tokens: int = 1) -> Generation:
+        """Start the engine requests of one HTTP request; ``rid`` is its own name for an abort.
+
+        min_tokens: see ``Generation``
+        Raises ApiError: 503 if the engine takes no requests, 400 if a name is in use.
+        """
+        self.require_ready()
+        for name in (rid, *(request.rid for request in requests)):
+            if name in self._groups or name in self._running:
+                raise invalid(f"'rid' {name!r:.200} is in use by a request that still runs.", "rid")
+        now = time.monotonic()
+        generation = Generation([request.rid for request in requests], min_tokens, self._release)
+        self._groups[rid] = generation
+        for index, request in enumerate(requests):
+            self._running[request.rid] = _Running(generation, index, now)
+            self._outgoing.put_nowait(request)
+        return generation
+
+    def abort(self, rid: str | None) -> None:
+        """End the HTTP request or the single choice of that name, or all (None), with finish_reason "abort"."""
+        if rid is None:
+            self._outgoing.put_nowait(Abort(None))
+            return
+        group = self._groups.get(rid)
+        for name in group.rids if group else (rid,):
+            self._outgoing.put_nowait(Abort(name))
+
+    async def flush_cache(self) -> dict[str, Any]:
+        self.require_ready()
+        return await self._call(FlushCache)
+
+    async def get_info(self) -> dict[str, Any]:
+        self.require_ready()
+        return await self._call(GetInfo)
+
+    def drain(self) -> None:
+        """Take no new requests; those that run go on."""
+        if self.state is not EngineState.DEAD:
+            self.state = EngineState.DRAINING
+
+    def fail(self, reason: str, *, user_error: bool = False, kind: str = "internal") -> None:
+        """The engine is gone: every open choice ends with an error, and no request is taken again."""
+        if self.state is EngineState.DEAD:
+            return
+        self.state = EngineState.DEAD
+        self.failure = EngineFailed(reason, user_error)
+        self._settled.set()
+        for rid, running in list(self._running.items()):
+            running.generation.deliver(
+                running.index,
+                RequestOutput(
+                    rid=rid,
+                    token_ids=[],
+                    prompt_tokens=0,
+                    completion_tokens=running.num_tokens,
+                    finish_reason="error",
+                    error=f"The engine has stopped: {reason}",
+                    error_kind=kind,
+                ),
+            )
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(unavailable(f"The engine has stopped: {reason}"))
+
+    async def _call(self, kind: type[FlushCache] | type[GetInfo]) -> dict[str, Any]:
+        self._num_calls += 1
+        call_id = str(self._num_calls)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        self._outgoing.put_nowait(kind(call_id))
+        try:
+            return await asyncio.wait_for(future, CALL_TIMEOUT)
+        except TimeoutError:
+            raise unavailable(f"The engine did not answer within {CALL_TIMEOUT:.0f} s.") from None
+        finally:
+            del self._calls[call_id]
+
+    def _release(self, rid: str, abort: bool) -> None:
+        running = self._running.pop(rid, None)
+        if running is None:
+            return
+        if abort and self.state is not EngineState.DEAD:
+            self._outgoing.put_nowait(Abort(rid))
+        group = running.generation
+        if not any(name in self._running for name in group.rids):
+            self._groups = {name: other for name, other in self._groups.items() if other is not group}
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._end.send(await self._outgoing.get())
+
+    async def _receive_forever(self) -> None:
+        while self.state is not EngineState.DEAD:
+            try:
+                message = await self._end.receive()
+                self._dispatch(message)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                logger.exception("engine channel failed")
+                self.fail(f"a message from the engine could not be handled: {error!r}")
+
+    def _dispatch(self, message: FromEngine) -> None:
+        self._heard_at = time.monotonic()
+        match message:
+            case StepOutput():
+                self.stats = message.stats
+                for output in message.outputs:
+                    self._deliver(output)
+            case EngineReady():
+                self.ready = message
+                if self.state is EngineState.LOADING:
+                    self.state = EngineState.READY
+                self._settled.set()
+            case EngineFailed():
+                self.fail(message.message, user_error=message.user_error)
+            case CallReply():
+                future = self._calls.get(message.call_id)
+                if future is not None and not future.done():
+                    future.set_result(message.result)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        running = self._running.get(output.rid)
+        if running is None:
+            return
+        now = self._heard_at
+        num_new = len(output.token_ids)
+        if num_new:
+            if running.last_output_at is None:
+                self._metrics.observe_first_token(now - running.arrived_at, output.queue_time)
+            else:
+                self._metrics.observe_next_tokens(now - running.last_output_at, num_new)
+            running.last_output_at = now
+            running.num_tokens += num_new
+        if output.finish_reason is not None:
+            self._metrics.observe_end(now - running.arrived_at, output.finish_reason)
+        running.generation.deliver(running.index, output)
+
+
+def as_api_error(client: EngineClient) -> ApiError | None:
+    """503 with the reason while the engine cannot answer, else None."""
+    try:
+        client.require_ready()
+    except ApiError as error:
+        return error
+    return None

@@ -1,0 +1,42 @@
+"""uvicorn's HTTP/1.1 protocol, with a cap on header bytes and errors in the server's own form."""
+
+from __future__ import annotations
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from nextn.server.errors import ApiError, invalid
+
+MAX_HEADER_BYTES = 64 * 1024
+
+
+class CappedHttpProtocol(HttpToolsProtocol):
+    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers."""
+
+    _num_header_bytes = 0
+    _in_headers = True
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._num_header_bytes += len(data)
+        super().data_received(data)
+        if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self._refuse(ApiError(431, f"The headers have more than {MAX_HEADER_BYTES} bytes.", code="headers_too_large"))
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_headers = True
+        self._num_header_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(invalid("The bytes on this connection are not a valid HTTP/1.1 request."))
+
+    def _refuse(self, error: ApiError) -> None:
+        body = error.body
+        reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[error.status]
+        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (error.status, reason, len(body)) + body)
+        self.transport.close()

@@ -1,0 +1,69 @@
+"""Which drafts to keep, and the one token that follows them.
+
+Both rules take drafts padded to the longest chain; a position without a draft ends the accepted run, and its token
+comes from the target alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nextn.kernels.sampling import sample_tokens
+
+NO_DRAFT = -1
+"""Stands where a chain is shorter than the longest of the batch."""
+
+
+def verify_greedy(target_tokens: torch.Tensor, draft_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep drafts as long as each equals the target's most likely token.
+
+    target_tokens: [n, k + 1] int64, the target's choice after the root and after each draft
+    draft_tokens: [n, k] int64, NO_DRAFT beyond a chain's end
+    Returns the number of accepted drafts [n] int64 and the token that follows them [n] int64.
+    Raises ValueError if k differs between the two.
+    """
+    _check_widths(target_tokens.shape[1], draft_tokens.shape[1])
+    num_accepted = (draft_tokens == target_tokens[:, :-1]).cumprod(1).sum(1)
+    return num_accepted, target_tokens.gather(1, num_accepted[:, None])[:, 0]
+
+
+def verify_sampled(
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    accept_uniform: torch.Tensor,
+    final_uniform: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rejection sampling: the kept tokens are distributed exactly as the target's (Leviathan et al., 2023, alg. 1).
+
+    A draft d is accepted with probability min(1, p(d) / q(d)). The token after the accepted run is drawn from
+    max(p - q, 0), renormalised, after a rejection, and from p after the last draft (where q is zero, the two agree).
+
+    target_probs: [n, k + 1, V] float32, rows sum to 1
+    draft_probs: [n, k, V] float32, the distributions the drafts were drawn from; zero rows beyond a chain's end
+    draft_tokens: [n, k] int64, NO_DRAFT beyond a chain's end
+    accept_uniform: [n, k] float64 in [0, 1); final_uniform: [n, k + 1] float64 in [0, 1), by position
+    Returns the number of accepted drafts [n] int64 and the token that follows them [n] int64.
+    Raises ValueError if k differs between the arguments.
+    """
+    num_drafts = draft_tokens.shape[1]
+    _check_widths(target_probs.shape[1], num_drafts)
+    _check_widths(target_probs.shape[1], draft_probs.shape[1])
+    index = draft_tokens.clamp(min=0)[:, :, None]
+    p = target_probs[:, :num_drafts].gather(2, index)[:, :, 0]
+    q = draft_probs.gather(2, index)[:, :, 0]
+    accepted = (accept_uniform * q < p) & (draft_tokens != NO_DRAFT)
+    num_accepted = accepted.cumprod(1).sum(1)
+
+    rows = torch.arange(target_probs.shape[0], device=target_probs.device)
+    final_p = target_probs[rows, num_accepted]
+    no_q = draft_probs.new_zeros(draft_probs.shape[0], 1, draft_probs.shape[2])
+    residual = (final_p - torch.cat([draft_probs, no_q], dim=1)[rows, num_accepted]).clamp_(min=0)
+    # p = q up to rounding can leave no residual; then a rejection had probability zero, and p is the limit.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, final_p)
+    return num_accepted, sample_tokens(residual, final_uniform[rows, num_accepted])
+
+
+def _check_widths(num_target_rows: int, num_drafts: int) -> None:
+    if num_target_rows != num_drafts + 1:
+        raise ValueError(f"{num_drafts} drafts need {num_drafts + 1} target rows, found {num_target_rows}")

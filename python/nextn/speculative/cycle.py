@@ -1,0 +1,194 @@
+"""One step of the engine: draft k tokens, verify them with the target in one forward, accept, catch up.
+
+Plain decoding is the same step with no drafts, and a prompt chunk the same step with many known tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
+from nextn.kernels.sampling import sample_tokens
+from nextn.layers.batch import make_extend_batch
+from nextn.layers.kv_cache import KVCache
+from nextn.models.glm4_moe import Glm4MoeForCausalLM
+from nextn.protocol.messages import TokenLogprobs
+from nextn.scheduler.scheduler import Decision, Extend
+from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
+from nextn.speculative.logits import Row, adjust_logits, probs_of_rows
+from nextn.speculative.logprobs import token_logprobs
+from nextn.speculative.proposer import Drafts, NextNProposer
+
+
+class SpeculativeCycle:
+    """Runs steps over the target, and over the draft where there is one. Holds no state of its own."""
+
+    def __init__(
+        self, target: Glm4MoeForCausalLM, proposer: NextNProposer | None, kv_cache: KVCache, *, page_size: int
+    ) -> None:
+        self._target = target
+        self._proposer = proposer
+        self._kv_cache = kv_cache
+        self._page_size = page_size
+        self._device = kv_cache.k.device
+
+    @torch.inference_mode()
+    def run(self, extends: list[Extend]) -> list[Decision]:
+        """Compute one step. Returns one decision per extend, in order."""
+        drafting = [extend for extend in extends if extend.num_drafts]
+        drafts = Drafts([], None)
+        if drafting:
+            assert self._proposer is not None, "only sequences with a draft head's output draft"
+            drafts = self._proposer.propose(drafting, self._choose_drafts)
+        chains = self._chain_per_extend(extends, drafts)
+
+        hidden = self._run_target(extends, chains)
+        decisions = self._decide(extends, chains, drafts, hidden)
+        if self._proposer is None:
+            return decisions
+        ready = self._proposer.catch_up(extends, [decision.tokens for decision in decisions], hidden)
+        return [replace(d, has_draft_state=is_ready) for d, is_ready in zip(decisions, ready, strict=True)]
+
+    @staticmethod
+    def _chain_per_extend(extends: list[Extend], drafts: Drafts) -> list[list[int]]:
+        chains = iter(drafts.tokens)
+        return [next(chains) if extend.num_drafts else [] for extend in extends]
+
+    def _run_target(self, extends: list[Extend], chains: list[list[int]]) -> torch.Tensor:
+        """Hidden states [T, H] of known tokens and drafts; writes their KV."""
+        ids: list[int] = []
+        for extend, chain in zip(extends, chains, strict=True):
+            ids += extend.seq.tokens[extend.start : extend.end]
+            ids += chain
+        batch = make_extend_batch(
+            [(extend.start, extend.num_tokens + extend.num_drafts) for extend in extends],
+            [extend.seq.pages for extend in extends],
+            self._page_size,
+            self._device,
+        )
+        hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
+        if self._proposer is not None:
+            self._proposer.remember_page_ends(hidden, batch.slot_mapping)
+        return hidden
+
+    def _decide(
+        self, extends: list[Extend], chains: list[list[int]], drafts: Drafts, hidden: torch.Tensor
+    ) -> list[Decision]:
+        deciding: list[int] = []
+        row_index: list[int] = []
+        rows: list[Row] = []
+        end = 0
+        for i, (extend, chain) in enumerate(zip(extends, chains, strict=True)):
+            end += extend.num_tokens + len(chain)
+            if extend.decides:
+                deciding.append(i)
+                row_index.extend(range(end - 1 - len(chain), end))
+                rows.extend(Row(extend.seq, chain[:j]) for j in range(len(chain) + 1))
+        decisions = [Decision([], prompt_logprobs=p) for p in self._prompt_logprobs(extends, chains, hidden)]
+        if not deciding:
+            return decisions
+        logits = self._target.compute_logits(hidden[torch.tensor(row_index, device=self._device)])
+        num_accepted, final = self._verify([chains[i] for i in deciding], drafts, logits, rows)
+        row = 0
+        for i, accepted, token in zip(deciding, num_accepted, final, strict=True):
+            extend, chain = extends[i], chains[i]
+            tokens = [*chain[:accepted], token]
+            decisions[i] = Decision(
+                tokens, accepted, self._logprobs(extend, tokens, logits[row:]), decisions[i].prompt_logprobs
+            )
+            row += len(chain) + 1
+        return decisions
+
+    def _verify(
+        self, chains: list[list[int]], drafts: Drafts, logits: torch.Tensor, rows: list[Row]
+    ) -> tuple[list[int], list[int]]:
+        """Accept a prefix of each chain and choose the token after it.
+
+        logits: [R, V] float32; rows: R, len(chain) + 1 per chain
+        Returns per chain the number of accepted drafts and the token that follows.
+        """
+        num_drafts = max(len(chain) for chain in chains)
+        draft_tokens = torch.tensor(
+            [chain + [NO_DRAFT] * (num_drafts - len(chain)) for chain in chains], dtype=torch.int64, device=self._device
+        ).view(len(chains), num_drafts)
+        padded = torch.tensor(_padded_rows(chains, num_drafts), device=self._device)
+        logits = adjust_logits(logits, rows)
+        if all(row.sampling.is_greedy for row in rows):
+            num_accepted, final = verify_greedy(logits.argmax(-1)[padded], draft_tokens)
+        else:
+            target_probs = probs_of_rows(logits, rows)[padded]
+            seeds = [rows[first].sampling.seed for first in padded[:, 0].tolist()]
+            starts = [rows[first].position for first in padded[:, 0].tolist()]
+            positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(num_drafts + 1)
+            seed_tensor = torch.tensor(seeds, dtype=torch.int64, device=self._device)
+            num_accepted, final = verify_sampled(
+                target_probs,
+                self._draft_probs(chains, drafts, target_probs),
+                draft_tokens,
+                random_uniform(seed_tensor, positions[:, :num_drafts], ACCEPT_STREAM),
+                random_uniform(seed_tensor, positions, FINAL_STREAM),
+            )
+        return num_accepted.tolist(), final.tolist()
+
+    @staticmethod
+    def _draft_probs(chains: list[list[int]], drafts: Drafts, target_probs: torch.Tensor) -> torch.Tensor:
+        """[n, k, V]: the drafts' distributions, in the order of all deciding chains.
+
+        A greedy request's may be zero: its target row is one-hot, so a draft is kept exactly if it is that token.
+        """
+        probs = target_probs.new_zeros(len(chains), target_probs.shape[1] - 1, target_probs.shape[2])
+        if drafts.probs is not None:
+            probs[[i for i, chain in enumerate(chains) if chain]] = drafts.probs
+        return probs
+
+    def _choose_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], torch.Tensor | None]:
+        logits = adjust_logits(logits, rows)
+        if all(row.sampling.is_greedy for row in rows):
+            return logits.argmax(-1).tolist(), None
+        probs = probs_of_rows(logits, rows)
+        seeds = torch.tensor([row.sampling.seed for row in rows], dtype=torch.int64, device=self._device)
+        positions = torch.tensor([row.position for row in rows], device=self._device)
+        return sample_tokens(probs, random_uniform(seeds, positions, DRAFT_STREAM)).tolist(), probs
+
+    @staticmethod
+    def _logprobs(extend: Extend, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprobs] | None:
+        num_top = extend.seq.request.num_top_logprobs
+        return None if num_top is None else token_logprobs(logits[: len(tokens)], tokens, num_top)
+
+    def _prompt_logprobs(
+        self, extends: list[Extend], chains: list[list[int]], hidden: torch.Tensor
+    ) -> list[list[TokenLogprobs] | None]:
+        """Logprobs of prompt tokens that the extend's rows predict, for requests that want them."""
+        found: list[list[TokenLogprobs] | None] = []
+        row = 0
+        for extend, chain in zip(extends, chains, strict=True):
+            found.append(self._prompt_logprobs_of(extend, hidden[row : row + extend.num_tokens]))
+            row += extend.num_tokens + len(chain)
+        return found
+
+    def _prompt_logprobs_of(self, extend: Extend, hidden: torch.Tensor) -> list[TokenLogprobs] | None:
+        seq = extend.seq
+        start = seq.request.prompt_logprobs_start
+        if start is None or seq.prompt_logprobs is None or start + len(seq.prompt_logprobs) >= seq.num_prompt:
+            return None
+        known: list[TokenLogprobs] = []
+        position = start + len(seq.prompt_logprobs)
+        if position == 0:
+            known.append(TokenLogprobs(seq.tokens[0], None))
+            position = 1
+        stop = min(extend.end, seq.num_prompt - 1) + 1
+        if position < stop:
+            logits = self._target.compute_logits(hidden[position - 1 - extend.start : stop - 1 - extend.start])
+            known += token_logprobs(logits, seq.tokens[position:stop], seq.request.num_top_logprobs or 0)
+        return known
+
+
+def _padded_rows(chains: list[list[int]], num_drafts: int) -> list[list[int]]:
+    """Row indices [n, num_drafts + 1]: each chain's rows, the last repeated to the common width."""
+    index, first = [], 0
+    for chain in chains:
+        index.append([first + min(j, len(chain)) for j in range(num_drafts + 1)])
+        first += len(chain) + 1
+    return index

@@ -1,0 +1,82 @@
+"""What a request asks of its logits, at each row of a verify step: bias, penalties, minimum length, temperature, …
+
+A row is one position whose next token is wanted: the root of a sequence, or one of its drafts. Row j of a sequence sees
+the context that holds if the first j drafts are accepted, so every rule is exact at every draft position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+
+from nextn.kernels.penalties import apply_penalties
+from nextn.kernels.sampling import sampling_probs
+from nextn.protocol.sampling import TokenSampling
+from nextn.scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """One position of a sequence, after ``drafts`` that are not yet part of it."""
+
+    seq: Sequence
+    drafts: list[int]
+
+    @property
+    def sampling(self) -> TokenSampling:
+        return self.seq.request.sampling
+
+    @property
+    def position(self) -> int:
+        """Index that the token chosen here will have in the sequence."""
+        return len(self.seq.tokens) + len(self.drafts)
+
+
+def adjust_logits(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
+    """Apply logit_bias, penalties and min_new_tokens.
+
+    logits: [R, V] float32, one row per Row
+    Returns [R, V] float32: ``logits`` itself if no row asks for anything, else a changed copy.
+    """
+    adjusted = logits
+    for i, row in enumerate(rows):
+        sampling, num_output = row.sampling, row.seq.num_output + len(row.drafts)
+        too_short = num_output < sampling.min_new_tokens and row.seq.stop_ids
+        if not (sampling.logit_bias or sampling.has_penalties or too_short):
+            continue
+        if adjusted is logits:
+            adjusted = logits.clone()
+        if sampling.has_penalties:
+            tokens, num_prompt = row.seq.tokens, row.seq.num_prompt
+            adjusted[i] = apply_penalties(
+                adjusted[i],
+                torch.tensor(tokens[:num_prompt], device=logits.device),
+                torch.tensor(tokens[num_prompt:] + row.drafts, dtype=torch.int64, device=logits.device),
+                repetition=sampling.repetition_penalty,
+                presence=sampling.presence_penalty,
+                frequency=sampling.frequency_penalty,
+            )
+        for token, bias in sampling.logit_bias.items():
+            adjusted[i, token] += bias
+        if too_short:
+            adjusted[i, torch.tensor(sorted(row.seq.stop_ids), device=logits.device)] = float("-inf")
+    return adjusted
+
+
+def probs_of_rows(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
+    """The distribution each row is drawn from.
+
+    logits: [R, V] float32, adjusted
+    Returns [R, V] float32, rows sum to 1; greedy rows are one-hot.
+    """
+    params = [row.sampling for row in rows]
+    device = logits.device
+    return sampling_probs(
+        logits,
+        torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+        torch.tensor([p.top_k for p in params], device=device) if any(p.top_k for p in params) else None,
+        torch.tensor([p.top_p for p in params], device=device) if any(p.top_p < 1 for p in params) else None,
+        torch.tensor([p.min_p for p in params], device=device) if any(p.min_p for p in params) else None,
+    )

@@ -1,0 +1,22 @@
+"""Log-probabilities for requests that ask: natural logarithms of the model's own distribution, before any sampling rule."""
+
+from __future__ import annotations
+
+import torch
+
+from nextn.protocol.messages import TokenLogprobs
+
+
+def token_logprobs(logits: torch.Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs]:
+    """The logprob of each row's token, and the row's ``num_top`` likeliest tokens.
+
+    logits: [R, V] float32, as the model gave them
+    tokens: R token ids
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    if num_top == 0:
+        return [TokenLogprobs(token, value) for token, value in zip(tokens, chosen, strict=True)]
+    values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
+    tops = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(token, value, top) for token, value, top in zip(tokens, chosen, tops, strict=True)]

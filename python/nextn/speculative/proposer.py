@@ -1,0 +1,150 @@
+"""The NextN layer as a drafter: it proposes a chain of tokens, then catches up with what was decided.
+
+The layer's entry for position i is made of the target's hidden state at i - 1 and the token at i, and is stored in slot
+i of the KV pool's last layer (GLM-4.5 technical report; DeepSeek-V3, section 2.2). So an entry depends on nothing to
+its right: a page of the prefix cache holds draft entries that are valid for whatever follows it, provided the hidden
+state of its last token is kept beside it (``page_hidden``). Slot 0 has no entry, and attention starts at key 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nextn.layers.batch import make_extend_batch
+from nextn.layers.kv_cache import KVCache
+from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
+from nextn.scheduler.scheduler import Extend
+from nextn.speculative.logits import Row
+
+FIRST_KEY = 1
+"""The first slot that holds an entry of the draft layer."""
+
+ChooseTokens = Callable[[torch.Tensor, list[Row]], tuple[list[int], torch.Tensor | None]]
+"""(logits [R, V], rows) → R tokens, and the probabilities [R, V] they were drawn from (None if all are greedy)."""
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Chains of drafts, one per drafting extend, in order.
+
+    tokens: a list of num_drafts tokens each
+    probs: [n, k, V] float32, zero where a chain is shorter; None if every chain is greedy
+    """
+
+    tokens: list[list[int]]
+    probs: torch.Tensor | None
+
+
+class NextNProposer:
+    """Owns the draft model's state between steps: its last output per running sequence, and per page the hidden state.
+
+    hidden: [max_running, H] the head's normed output h' for each sequence's last token
+    logits: [max_running, V] float32, the head's prediction of each sequence's next token
+    page_hidden: [num_pages, H] the target's hidden state at each page's last slot
+    """
+
+    def __init__(self, draft: Glm4MoeForCausalLMNextN, kv_cache: KVCache, *, max_running: int, page_size: int) -> None:
+        self._draft = draft
+        self._kv_cache = kv_cache
+        self._page_size = page_size
+        config, reference = draft.config, kv_cache.k
+        self._device = reference.device
+        self._hidden = torch.zeros(max_running, config.hidden_size, dtype=draft.dtype, device=self._device)
+        self._logits = torch.zeros(max_running, config.vocab_size, device=self._device)
+        self._page_hidden = torch.zeros(
+            reference.shape[1], config.hidden_size, dtype=draft.dtype, device=self._device
+        )
+
+    def propose(self, extends: list[Extend], choose: ChooseTokens) -> Drafts:
+        """Draft ``num_drafts`` ≥ 1 tokens for each extend, feeding the head its own normed output."""
+        slots = torch.tensor([extend.seq.slot for extend in extends], device=self._device)
+        hidden, logits = self._hidden[slots], self._logits[slots]
+        tokens: list[list[int]] = [[] for _ in extends]
+        active = list(range(len(extends)))
+        all_probs: torch.Tensor | None = None
+        for step in range(max(extend.num_drafts for extend in extends)):
+            if step:
+                rows = [row for row, i in enumerate(active) if extends[i].num_drafts > step]
+                if len(rows) < len(active):
+                    hidden, active = hidden[rows], [active[row] for row in rows]
+                hidden = self._forward(
+                    [tokens[i][-1] for i in active],
+                    hidden,
+                    [(extends[i].end + step - 1, 1) for i in active],
+                    [extends[i].seq.pages for i in active],
+                )
+                logits = self._draft.compute_logits(hidden)
+            chosen, probs = choose(logits, [Row(extends[i].seq, tokens[i]) for i in active])
+            for i, token in zip(active, chosen, strict=True):
+                tokens[i] = [*tokens[i], token]
+            if probs is not None:
+                if all_probs is None:
+                    all_probs = probs.new_zeros(len(extends), max(e.num_drafts for e in extends), probs.shape[-1])
+                all_probs[active, step] = probs
+        return Drafts(tokens, all_probs)
+
+    def remember_page_ends(self, hidden: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Keep the target's hidden state of every row that is the last of its page.
+
+        hidden: [T, H]; slot_mapping: [T] int64
+        """
+        ends = (slot_mapping % self._page_size == self._page_size - 1).nonzero()[:, 0]
+        if ends.numel():
+            self._page_hidden[slot_mapping[ends] // self._page_size] = hidden[ends]
+
+    def catch_up(self, extends: list[Extend], decided: list[list[int]], hidden: torch.Tensor) -> list[bool]:
+        """Extend the draft layer over every position whose token and preceding hidden state are now known.
+
+        decided: the tokens each extend decided
+        hidden: [T, H] the target's hidden states, num_tokens + num_drafts rows per extend
+        Returns, per extend, whether the head's output for the sequence's last token is now at hand.
+        """
+        ids: list[int] = []
+        sources: list[int] = []
+        spans: list[tuple[int, int]] = []
+        from_page: list[tuple[int, int]] = []
+        ready: list[bool] = []
+        row = 0
+        for extend, new in zip(extends, decided, strict=True):
+            known = [*extend.seq.tokens[extend.start : extend.end + 1], *new]  # from position extend.start on
+            last = min(extend.num_tokens + len(new), len(known) - 1)
+            first = 1
+            if extend.seq.resumed_from_cache:
+                first = 0
+                from_page.append((len(ids), extend.seq.pages[extend.start // self._page_size - 1]))
+            ids.extend(known[first : last + 1])
+            sources.extend(range(row + first - 1, row + last))
+            spans.append((extend.start + first, last + 1 - first))
+            ready.append(extend.start + last == len(extend.seq.tokens) + len(new) - 1)
+            row += extend.num_tokens + extend.num_drafts
+        # A source of -1 (the first entry after a prefix hit, in the first extend) is overwritten just below.
+        inputs = hidden[torch.tensor(sources, device=self._device)]
+        if from_page:
+            entries, pages = zip(*from_page, strict=True)
+            inputs[list(entries)] = self._page_hidden[list(pages)]
+        output = self._forward(ids, inputs, spans, [extend.seq.pages for extend in extends])
+        self._store(extends, spans, ready, output)
+        return ready
+
+    def _store(
+        self, extends: list[Extend], spans: list[tuple[int, int]], ready: list[bool], output: torch.Tensor
+    ) -> None:
+        rows, slots, end = [], [], 0
+        for extend, (_, length), is_ready in zip(extends, spans, ready, strict=True):
+            end += length
+            if is_ready:
+                rows.append(end - 1)
+                slots.append(extend.seq.slot)
+        if rows:
+            hidden = output[rows]
+            self._hidden[slots] = hidden
+            self._logits[slots] = self._draft.compute_logits(hidden)
+
+    def _forward(
+        self, ids: list[int], hidden: torch.Tensor, spans: list[tuple[int, int]], pages: list[list[int]]
+    ) -> torch.Tensor:
+        batch = make_extend_batch(spans, pages, self._page_size, self._device, first_key=FIRST_KEY)
+        return self._draft.forward(torch.tensor(ids, device=self._device), hidden, batch, self._kv_cache)
