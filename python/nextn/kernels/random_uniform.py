@@ -28,7 +28,7 @@ def random_uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int) ->
     stream: which of the independent numbers of that key
     Returns float64 of positions' shape, with 53 random bits.
     """
-    state = _mix(seeds + (stream + 1) * _GOLDEN_GAMMA)
+    state = _mix(seeds + torch.full_like(seeds, stream + 1) * _GOLDEN_GAMMA)
     if positions.dim() == 2:
         state = state[:, None]
     bits = _mix(state + (positions + 1) * _GOLDEN_GAMMA)

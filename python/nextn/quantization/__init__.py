@@ -1,0 +1,1 @@
+"""What the weights are: detected from the config, checked against the tensors, overridden only when asked."""

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-FP8_MAX = 448.0
-"""Largest finite float8_e4m3fn value."""
-
 SchemeKind = Literal["unquantized", "fp8_channel", "fp8_tensor", "fp8_block"]
 ActivationKind = Literal["none", "dynamic_token", "dynamic_group", "static_tensor"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -25,14 +26,18 @@ from nextn.protocol.messages import (
     StepOutput,
     ToEngine,
 )
-from nextn.server.errors import ApiError, invalid, unavailable
-from nextn.server.generation import Generation
+from nextn.server.errors import invalid, unavailable
+from nextn.server.inbox import Generation
 from nextn.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT = 10.0
 """Seconds that a FlushCache or GetInfo may take: the engine answers between two steps."""
+
+
+SHUTDOWN_SEND_TIMEOUT = 0.5
+"""Seconds to hand over the last message; nobody takes it when the engine died before it connected."""
 
 
 class EngineState(Enum):
@@ -85,13 +90,13 @@ class EngineClient:
         await self._settled.wait()
 
     async def close(self) -> None:
-        """Fail what still runs, tell the engine to leave, and release the sockets."""
-        if self.state is not EngineState.DEAD:
-            self.fail("the server is shutting down", kind="unavailable")
-            await self._end.send(Shutdown())
+        """Fail what still runs, tell the engine to leave if it still listens, and release the sockets."""
+        self.fail("the server was shut down", kind="unavailable")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._end.send(Shutdown()), SHUTDOWN_SEND_TIMEOUT)
         self._end.close()
 
     @property
@@ -257,12 +262,3 @@ class EngineClient:
         if output.finish_reason is not None:
             self._metrics.observe_end(now - running.arrived_at, output.finish_reason)
         running.generation.deliver(running.index, output)
-
-
-def as_api_error(client: EngineClient) -> ApiError | None:
-    """503 with the reason while the engine cannot answer, else None."""
-    try:
-        client.require_ready()
-    except ApiError as error:
-        return error
-    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -69,7 +69,7 @@ class Metrics:
     def count_disconnect(self) -> None:
         self._aborted.inc()
 
-    def render(self, stats: Callable[[], EngineStats]) -> bytes:
+    def render(self, stats: EngineStats) -> bytes:
         """The text exposition of everything, in Prometheus' format."""
         engine = CollectorRegistry(auto_describe=False)
         engine.register(_EngineCollector(stats))
@@ -79,11 +79,11 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's statistics as metrics, made when Prometheus asks for them."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._stats
         num_used = stats.num_pages - stats.num_free_pages - stats.num_cached_pages
         yield _gauge("num_running_reqs", "Requests in the running batch.", stats.num_running)
         yield _gauge("num_queue_reqs", "Requests that wait for a place.", stats.num_queued)

@@ -112,7 +112,7 @@ def fit_output(num_prompt: int, asked: int | None, default: int | None, limit: i
         if room < 1:
             raise _over_context(f"The prompt has {num_prompt} tokens", limit, prompt_param)
         return room if default is None else min(default, room)
-    if asked > room:
+    if max(asked, 1) > room:
         message = f"The prompt has {num_prompt} tokens and {asked} more were asked for"
         raise _over_context(message, limit, prompt_param)
     return asked

@@ -1,0 +1,38 @@
+"""Load generator: `python -m nextn.bench_serving --backend nextn --dataset-name random --num-prompts 100`."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from nextn.bench.errors import BenchError
+from nextn.bench.metrics import compute, details
+from nextn.bench.options import parse_options
+from nextn.bench.report import append_line, compare, format_table, json_line
+from nextn.bench.runner import run_benchmark
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns the exit code: 1 if it could not run or every request failed."""
+    options = parse_options(argv)
+    try:
+        if options.compare:
+            print(compare(*options.compare))
+            return 0
+        run = asyncio.run(run_benchmark(options))
+        figures = compute(run)
+        print(format_table(options, figures))
+        if options.output_file:
+            arrays = details(run) if options.output_details else {}
+            append_line(options.output_file, json_line(options, run.model, figures, arrays))
+        if options.plot:
+            from nextn.bench.plot import plot_run
+
+            plot_run(run, options.plot, f"{run.model} · {options.backend} · {figures['completed']} requests")
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if figures["completed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

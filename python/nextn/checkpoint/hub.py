@@ -1,0 +1,40 @@
+"""From what the user typed to a folder on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextn.errors import CheckpointError
+
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+"""Weights, configs and tokenizers; never code or pickles."""
+
+
+def resolve_model(name: str) -> Path:
+    """A folder as it is; any other name from the Hugging Face hub, through its cache.
+
+    Raises CheckpointError if it is neither, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"--model-path {name}: is a file; give the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"--model-path {name}: there is no such folder, and it is no hub name of the form owner/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+    except HFValidationError as error:
+        raise CheckpointError(f"--model-path {name}: no such folder, and no valid hub name: {error}") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"--model-path {name}: no such folder, not in the local cache, and the hub cannot be reached; "
+            "check the network, or download the model and give its folder"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"--model-path {name}: no such folder, and the hub says: {error}") from None

@@ -1,0 +1,123 @@
+"""Attention of ragged new tokens over paged KV.
+
+Floor: decode reads every key and value once, 2 · kv_len · num_kv_heads · head_dim elements per sequence, limited by
+memory; a prompt chunk of n computes 4 · n · kv_len · num_heads · head_dim FLOPs, limited by arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+MAX_FOLDED_QUERIES = 32
+"""Up to this many new tokens, the query heads of one KV head are folded into one matrix product."""
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """B sequences with n new tokens each.
+
+    rows: slice of the batch's tokens if the B · n rows are adjacent, else [B · n] int64 row indices
+    page_table: [B, P] int64; shorter sequences repeat a page, which ``bias`` hides
+    bias: [B, 1, n, P · page_size] float32, 0 where the query may attend and -inf elsewhere
+    """
+
+    rows: slice | torch.Tensor
+    num_seqs: int
+    num_queries: int
+    page_table: torch.Tensor
+    bias: torch.Tensor
+
+
+def make_query_groups(
+    spans: Sequence[tuple[int, int]],
+    page_tables: Sequence[Sequence[int]],
+    page_size: int,
+    device: torch.device,
+    *,
+    first_key: int = 0,
+) -> tuple[QueryGroup, ...]:
+    """Group sequences by number of new tokens. A query at position p sees the keys first_key … p.
+
+    spans: per sequence the first new position and the number of new tokens
+    """
+    by_length: dict[int, list[int]] = {}
+    for i, (_, length) in enumerate(spans):
+        by_length.setdefault(length, []).append(i)
+    firsts = [0]
+    for _, length in spans:
+        firsts.append(firsts[-1] + length)
+    groups = []
+    for length, members in by_length.items():
+        num_pages = -(-(max(spans[i][0] for i in members) + length) // page_size)
+        table = []
+        for i in members:
+            used = list(page_tables[i][: -(-(spans[i][0] + length) // page_size)])
+            table.append(used + used[-1:] * (num_pages - len(used)))
+        starts = torch.tensor([spans[i][0] for i in members], device=device)
+        last_key = starts[:, None, None] + torch.arange(length, device=device)[:, None]
+        keys = torch.arange(num_pages * page_size, device=device)
+        hidden = keys > last_key
+        if first_key:
+            hidden |= keys < first_key
+        bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))[:, None]
+        rows: slice | torch.Tensor = slice(firsts[members[0]], firsts[members[-1] + 1])
+        if members[-1] - members[0] + 1 != len(members):
+            rows = torch.tensor([row for i in members for row in range(firsts[i], firsts[i + 1])], device=device)
+        groups.append(QueryGroup(rows, len(members), length, torch.tensor(table, device=device), bias))
+    return tuple(groups)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    groups: tuple[QueryGroup, ...],
+    scale: float,
+) -> torch.Tensor:
+    """Grouped-query attention (Ainslie et al., 2023) of new tokens over paged keys and values.
+
+    q: [T, num_heads, head_dim]
+    k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], the new tokens' entries written already
+    Returns [T, num_heads, head_dim] in q's dtype; softmax in float32.
+    """
+    if len(groups) == 1 and isinstance(groups[0].rows, slice):
+        return _attend(q, k_cache, v_cache, groups[0], scale)
+    out = q.new_empty(q.shape)
+    for group in groups:
+        out[group.rows] = _attend(q[group.rows], k_cache, v_cache, group, scale)
+    return out
+
+
+def _attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: QueryGroup, scale: float
+) -> torch.Tensor:
+    b, n = group.num_seqs, group.num_queries
+    num_heads, head_dim = q.shape[1], q.shape[2]
+    num_kv_heads = k_cache.shape[2]
+    num_folded = num_heads // num_kv_heads
+    pages = group.page_table.view(-1)
+    keys = k_cache.index_select(0, pages).view(b, -1, num_kv_heads, head_dim).transpose(1, 2)
+    values = v_cache.index_select(0, pages).view(b, -1, num_kv_heads, head_dim).transpose(1, 2)
+    bias = group.bias if q.dtype == torch.float32 else group.bias.to(q.dtype)
+    # [B, n, KVH, G, D] → [B, KVH, G, n, D]: all query heads of a KV head side by side
+    queries = q.reshape(b, n, num_kv_heads, num_folded, head_dim).permute(0, 2, 3, 1, 4)
+    if n <= MAX_FOLDED_QUERIES:
+        folded = queries.reshape(b, num_kv_heads, num_folded * n, head_dim)
+        if n > 1:
+            bias = bias.expand(b, num_folded, n, -1).reshape(b, 1, num_folded * n, -1)
+        out = F.scaled_dot_product_attention(folded, keys, values, bias, scale=scale)
+        out = out.reshape(b, num_kv_heads, num_folded, n, head_dim)
+    else:
+        shape = (b * num_kv_heads, num_folded, -1, head_dim)
+        out = F.scaled_dot_product_attention(
+            queries.reshape(shape),
+            keys.unsqueeze(2).expand(b, num_kv_heads, num_folded, -1, head_dim).reshape(shape),
+            values.unsqueeze(2).expand(b, num_kv_heads, num_folded, -1, head_dim).reshape(shape),
+            bias.expand(b, num_kv_heads, n, -1).reshape(b * num_kv_heads, 1, n, -1),
+            scale=scale,
+        ).reshape(b, num_kv_heads, num_folded, n, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(b * n, num_heads, head_dim)

@@ -1,0 +1,20 @@
+"""RMSNorm (Zhang & Sennrich, 2019), with float32 statistics.
+
+Floor: one read and write of x; limited by memory, at small batches by launches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension.
+
+    x: [..., H]; weight: [H]
+    Returns [..., H] in x's dtype.
+    """
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return (F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)) * weight

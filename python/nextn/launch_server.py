@@ -1,0 +1,205 @@
+"""``python -m nextn.launch_server``: from arguments to a running server, and back to an exit code.
+
+Exit codes: 0 after SIGINT or SIGTERM, 1 when the server cannot start or its engine fails, 2 for wrong arguments.
+Heavy imports are inside functions: the engine process imports this module too, and needs none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import ConfigError, NextnError
+
+if TYPE_CHECKING:
+    from nextn.config.server_args import ServerArgs
+    from nextn.protocol.messages import EngineReady
+
+logger = logging.getLogger("nextn.launch_server")
+
+ENGINE_EXIT_TIMEOUT = 5.0
+"""Seconds for the engine process to leave after it was told to, before it is killed."""
+
+EngineEntry = Callable[[EngineConfig, str, int, int | None, str], None]
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came before the server could drain in an orderly way."""
+
+
+def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = None) -> int:
+    """Run the server until a signal or a failure; returns the exit code.
+
+    engine_entry: the function that the engine process runs; None is the real engine
+    """
+    from nextn.config.server_args import ServerArgs
+    from nextn.server.listening import listen
+    from nextn.server.logs import configure_logging
+
+    try:
+        args = ServerArgs.from_cli(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as error:
+        return _complain(str(error), 2)
+    configure_logging(args.log_level)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_stopped)
+    try:
+        with listen(args.host, args.port) as listener:
+            return _run(args, listener, engine_entry or _run_real_engine)
+    except NextnError as error:
+        return _complain(str(error), 1)
+    except Stopped:
+        return 0
+
+
+def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry) -> int:
+    """Start the engine process, serve around it, and leave neither it nor its socket directory behind."""
+    from nextn.protocol.channel import private_socket_dir
+
+    model_path = resolve_model(args.model_path)
+    socket_dir = private_socket_dir()
+    engine: SpawnProcess | None = None
+    grace = 0.0
+    try:
+        engine = _spawn(engine_entry, args, model_path, socket_dir)
+        reason = _serve(args, model_path, socket_dir, listener, engine)
+        grace = ENGINE_EXIT_TIMEOUT if reason is None else 0.0
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if engine is not None:
+            _end(engine, grace)
+        shutil.rmtree(socket_dir, ignore_errors=True)
+    return 0 if reason is None else _complain(reason, 1)
+
+
+def resolve_model(model_path: str | None) -> str:
+    """A folder: the embedded model for None, the folder itself, or the download of a Hugging Face name."""
+    if model_path is None:
+        from nextn.demo import checkpoint_dir
+
+        return str(checkpoint_dir())
+    if Path(model_path).is_dir():
+        return model_path
+    from nextn.checkpoint.hub import resolve_model as download
+
+    return str(download(model_path))
+
+
+def _spawn(entry: EngineEntry, args: ServerArgs, model_path: str, socket_dir: Path) -> SpawnProcess:
+    process = multiprocessing.get_context("spawn").Process(
+        target=entry,
+        args=(args.engine_config(model_path), str(socket_dir), os.getpid(), None, args.log_level),
+        name="nextn-engine",
+        daemon=True,
+    )
+    process.start()
+    return process
+
+
+def _run_real_engine(
+    engine_config: EngineConfig, socket_dir: str, parent_pid: int, num_threads: int | None, log_level: str
+) -> None:
+    """The engine process. Signals that reach the whole process group are the server's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from nextn.execution.engine_process import run_engine
+
+    run_engine(engine_config, socket_dir, parent_pid, num_threads, log_level)
+
+
+def _serve(
+    args: ServerArgs, model_path: str, socket_dir: Path, listener: socket.socket, engine: SpawnProcess
+) -> str | None:
+    """Serve until asked to stop (None) or until the engine fails (the reason)."""
+    import asyncio
+
+    import uvloop
+
+    from nextn.protocol.channel import ServerEnd
+    from nextn.server.app import create_app
+    from nextn.server.engine_client import EngineClient
+    from nextn.server.metrics import Metrics
+    from nextn.server.sampling import SamplingDefaults
+    from nextn.server.services import Services
+    from nextn.server.serving import Supervision, serve
+    from nextn.text.tokenizer import Tokenizer
+
+    served_model_name = args.served_model_name or Path(model_path).resolve().name
+    tokenizer = None if args.skip_tokenizer_init else Tokenizer(args.tokenizer_path or model_path)
+    url = _url(args.host, listener.getsockname()[1])
+
+    def announce(ready: EngineReady) -> None:
+        from nextn.server.page import example_request
+
+        example = example_request(url, served_model_name, tokenizer is not None, args.api_key is not None)
+        print(
+            f"nextn is ready: {served_model_name} at {url}\n"
+            f"  loaded in {ready.load_seconds:.1f} s, context {ready.context_length} tokens,"
+            f" KV pool {ready.max_total_tokens} tokens\n"
+            f"Try:\n{example}",
+            flush=True,
+        )
+
+    async def run() -> str | None:
+        metrics = Metrics()
+        client = EngineClient(ServerEnd(socket_dir), metrics)
+        services = Services(
+            args=args,
+            model_path=model_path,
+            served_model_name=served_model_name,
+            engine=client,
+            metrics=metrics,
+            tokenizer=tokenizer,
+            defaults=SamplingDefaults.from_checkpoint(model_path),
+        )
+        watch = Supervision(
+            startup_timeout=args.startup_timeout,
+            shutdown_timeout=args.shutdown_timeout,
+            watchdog_timeout=args.watchdog_timeout,
+            engine_exit_code=lambda: engine.exitcode,
+            announce=announce,
+        )
+        return await serve(create_app(services), client, listener, watch)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def _end(engine: SpawnProcess, timeout: float) -> None:
+    """Give the engine ``timeout`` seconds to leave, then kill it."""
+    engine.join(timeout)
+    if engine.exitcode is None:
+        if timeout:
+            logger.warning("the engine did not leave within %g s; killing it", timeout)
+        engine.kill()
+        engine.join()
+
+
+def _url(host: str, port: int) -> str:
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{port}"
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _complain(message: str, exit_code: int) -> int:
+    print(f"nextn: error: {message}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The one kind of batch: every sequence gets n ≥ 1 new tokens over the KV that is already there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nextn.kernels.paged_attention import QueryGroup, make_query_groups
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """Where the batch's T tokens stand, and what each may attend to. Shared by all layers of a step.
+
+    positions: [T] int64
+    slot_mapping: [T] int64, page · page_size + offset, where the token's KV goes
+    groups: the sequences by number of new tokens, for the attention kernel
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    groups: tuple[QueryGroup, ...]
+
+
+def make_extend_batch(
+    spans: Sequence[tuple[int, int]],
+    page_tables: Sequence[Sequence[int]],
+    page_size: int,
+    device: torch.device,
+    *,
+    first_key: int = 0,
+) -> ExtendBatch:
+    """Lay out a batch.
+
+    spans: per sequence the first new position and how many follow from it, itself included
+    page_tables: per sequence its pages, enough for start + length tokens
+    first_key: the first position that may be attended to (the draft layer has no entry at 0)
+    """
+    positions: list[int] = []
+    slots: list[int] = []
+    for (start, length), pages in zip(spans, page_tables, strict=True):
+        span = range(start, start + length)
+        positions += span
+        slots += [pages[p // page_size] * page_size + p % page_size for p in span]
+    return ExtendBatch(
+        positions=torch.tensor(positions, device=device),
+        slot_mapping=torch.tensor(slots, device=device),
+        groups=make_query_groups(spans, page_tables, page_size, device, first_key=first_key),
+    )

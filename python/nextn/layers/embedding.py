@@ -1,0 +1,49 @@
+"""Token embedding and output head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nextn.layers.storage import Slot
+
+
+class Embedding(nn.Module):
+    """weight: [vocab_size, hidden_size]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
+
+    def weight_slots(self) -> Iterator[Slot]:
+        yield f"{self.name}.weight", self.weight.data
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids: [T] int64. Returns [T, hidden_size]."""
+        return self.weight.index_select(0, input_ids)
+
+
+class OutputHead(nn.Module):
+    """Hidden states to logits. weight: [vocab_size, hidden_size], the embedding's own where the two are tied."""
+
+    def __init__(self, weight: nn.Parameter, name: str | None) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = weight
+
+    @classmethod
+    def untied(cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype) -> OutputHead:
+        return cls(nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False), name)
+
+    def weight_slots(self) -> Iterator[Slot]:
+        """Nothing when tied: the embedding's slot fills the same tensor."""
+        if self.name is not None:
+            yield f"{self.name}.weight", self.weight.data
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [R, hidden_size]. Returns logits [R, vocab_size] float32."""
+        return F.linear(hidden, self.weight).float()

@@ -1,0 +1,54 @@
+"""A linear layer over one or several checkpoint modules, stored as the checkpoint stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nextn.layers.storage import Shard, Slot, expand, make_scales, make_weight, weight_slots
+from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b. ``shards`` are stacked along the output, so that q, k, v (or gate, up) are one product.
+
+    weight: [Σ rows, in_features]; FP8 codes until ``expand_weights``, where the scheme is quantized
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        shards: Sequence[Shard],
+        quant_config: QuantizationConfig | None,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.shards = tuple(shards)
+        self.dtype = dtype
+        self.scheme = quant_config.scheme_for([shard.name for shard in shards]) if quant_config else UNQUANTIZED
+        self.weight = nn.Parameter(make_weight(shards, in_features, self.scheme, dtype), requires_grad=False)
+        self.scales = make_scales(shards, in_features, self.scheme)
+        rows = sum(shard.num_rows for shard in shards)
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+
+    def weight_slots(self) -> Iterator[Slot]:
+        yield from weight_slots(self.shards, self.scheme, self.weight.data, self.scales)
+        if self.bias is not None:
+            parts = self.bias.data.split([shard.num_rows for shard in self.shards])
+            yield from ((f"{shard.name}.bias", part) for shard, part in zip(self.shards, parts, strict=True))
+
+    def expand_weights(self) -> None:
+        """Replace FP8 codes and scales by their product in the computing type (the CPU's way)."""
+        self.weight = nn.Parameter(
+            expand(self.shards, self.scheme, self.weight.data, self.scales, self.dtype), requires_grad=False
+        )
+        self.scales = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, in_features]. Returns [T, Σ rows]."""
+        return F.linear(x, self.weight, self.bias)

@@ -1,0 +1,102 @@
+"""How a (possibly fused) linear's shards lie in one tensor, and their scales in another.
+
+The names are those of the checkpoint; each slot is a view of the storage with exactly the checkpoint tensor's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nextn.kernels.fp8_matmul import dequantize
+from nextn.quantization.scheme import LinearScheme
+
+Slot = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One checkpoint module of a fused linear: its name and its output rows."""
+
+    name: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class ScaleStorage:
+    """Scales of a linear, by shard.
+
+    weight_scale: [rows, 1] per channel, [num_shards, 1] per tensor, or all shards' block rows [·, ⌈K / block_k⌉]
+    input_scale: [num_shards] float32 where activations have a static scale
+    """
+
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+
+
+def make_weight(shards: Sequence[Shard], in_features: int, scheme: LinearScheme, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised storage [rows, in_features], FP8 codes or ``dtype``."""
+    rows = sum(shard.num_rows for shard in shards)
+    return torch.empty(rows, in_features, dtype=torch.float8_e4m3fn if scheme.is_quantized else dtype)
+
+
+def make_scales(shards: Sequence[Shard], in_features: int, scheme: LinearScheme) -> ScaleStorage | None:
+    """Uninitialised storage for the scales; None where there are none."""
+    if not scheme.is_quantized:
+        return None
+    rows = sum(_scale_rows(shard, scheme) for shard in shards)
+    columns = -(-in_features // scheme.block[1]) if scheme.block else 1
+    static = scheme.activation == "static_tensor"
+    return ScaleStorage(torch.empty(rows, columns), torch.empty(len(shards)) if static else None)
+
+
+def weight_slots(
+    shards: Sequence[Shard], scheme: LinearScheme, weight: torch.Tensor, scales: ScaleStorage | None
+) -> Iterator[Slot]:
+    """(checkpoint tensor name, view to fill) for weights and scales of every shard."""
+    row = scale_row = 0
+    for i, shard in enumerate(shards):
+        yield f"{shard.name}.weight", weight[row : row + shard.num_rows]
+        row += shard.num_rows
+        if scales is None:
+            continue
+        end = scale_row + _scale_rows(shard, scheme)
+        view = scales.weight_scale[scale_row:end]
+        yield f"{shard.name}.{scheme.scale_suffix}", view[0] if scheme.kind == "fp8_tensor" else view
+        scale_row = end
+        if scales.input_scale is not None:
+            yield f"{shard.name}.input_scale", scales.input_scale[i : i + 1]
+
+
+def expand(
+    shards: Sequence[Shard],
+    scheme: LinearScheme,
+    weight: torch.Tensor,
+    scales: ScaleStorage | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The dequantized weight [rows, in_features] in ``dtype``."""
+    if scales is None:
+        return weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype)
+    row = scale_row = 0
+    for shard in shards:
+        rows, scale_end = slice(row, row + shard.num_rows), scale_row + _scale_rows(shard, scheme)
+        out[rows] = dequantize(weight[rows], scales.weight_scale[scale_row:scale_end], scheme.block)
+        row, scale_row = rows.stop, scale_end
+    return out
+
+
+def _scale_rows(shard: Shard, scheme: LinearScheme) -> int:
+    match scheme.kind:
+        case "fp8_channel":
+            return shard.num_rows
+        case "fp8_tensor":
+            return 1
+        case "fp8_block":
+            assert scheme.block is not None, "a block scheme has a block"
+            return -(-shard.num_rows // scheme.block[0])
+        case "unquantized":
+            return 0

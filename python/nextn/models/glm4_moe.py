@@ -1,0 +1,116 @@
+"""GLM-4.5/4.6/4.7 Mixture-of-Experts language models (GLM-4.5 technical report, Zhipu AI, 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from nextn.config.model_config import ModelConfig
+from nextn.kernels.rotary import make_rotary_table
+from nextn.layers.attention import Attention, Rotation
+from nextn.layers.batch import ExtendBatch
+from nextn.layers.embedding import Embedding, OutputHead
+from nextn.layers.kv_cache import KVCache
+from nextn.layers.mlp import MLP
+from nextn.layers.moe import MoE
+from nextn.layers.norm import RMSNorm
+from nextn.layers.storage import Slot
+from nextn.quantization.scheme import QuantizationConfig
+
+
+class Glm4MoeDecoderLayer(nn.Module):
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        layer: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, eps, f"{prefix}.input_layernorm", dtype)
+        self.self_attn = Attention(config, quant_config, f"{prefix}.self_attn", layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps, f"{prefix}.post_attention_layernorm", dtype)
+        self.mlp: MLP | MoE
+        if config.is_dense(layer):
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp", dtype)
+        else:
+            self.mlp = MoE(config, quant_config, f"{prefix}.mlp", dtype)
+
+    def weight_slots(self) -> Iterator[Slot]:
+        for part in (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp):
+            yield from part.weight_slots()
+
+    def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
+        """x: [T, H], the residual stream. Returns [T, H]."""
+        x = x + self.self_attn.forward(self.input_layernorm.forward(x), rotation, batch, kv_cache)
+        return x + self.mlp.forward(self.post_attention_layernorm.forward(x))
+
+
+class Glm4MoeForCausalLM(nn.Module):
+    """Embedding, num_hidden_layers blocks, a final norm, and an output head.
+
+    prefix: stands before every tensor name; published checkpoints have none
+    dtype: of everything that is not quantized, and of the residual stream
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.quant_config = quant_config
+        self.dtype = dtype
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, f"{prefix}model.embed_tokens", dtype)
+        self.layers = nn.ModuleList(
+            Glm4MoeDecoderLayer(config, quant_config, f"{prefix}model.layers.{i}", i, dtype)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, f"{prefix}model.norm", dtype)
+        self.lm_head = (
+            OutputHead(self.embed_tokens.weight, None)
+            if config.tie_word_embeddings
+            else OutputHead.untied(config.vocab_size, config.hidden_size, f"{prefix}lm_head", dtype)
+        )
+        self._rotary = make_rotary_table(
+            config.head_dim, config.rotary_dim, config.rope_theta, config.max_position_embeddings
+        )
+
+    def weight_slots(self) -> Iterator[Slot]:
+        """(checkpoint tensor name, view to fill) for every tensor the model consumes."""
+        yield from self.embed_tokens.weight_slots()
+        for layer in self.layers:
+            assert isinstance(layer, Glm4MoeDecoderLayer)
+            yield from layer.weight_slots()
+        yield from self.norm.weight_slots()
+        yield from self.lm_head.weight_slots()
+
+    def redundant_names(self) -> frozenset[str]:
+        """Tensors that a checkpoint may hold although they only repeat others."""
+        return frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ())
+
+    def forward(self, input_ids: torch.Tensor, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
+        """Extend every sequence of the batch by its new tokens, and write their KV.
+
+        input_ids: [T] int64
+        Returns hidden states after the final norm, [T, H] in the model's dtype.
+        """
+        x = self.embed_tokens.forward(input_ids)
+        rotation = Rotation(self._rotary, batch.positions, self.dtype)
+        for layer in self.layers:
+            x = layer.forward(x, rotation, batch, kv_cache)
+        return self.norm.forward(x)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [R, H], as ``forward`` returns it. Returns [R, vocab_size] float32."""
+        return self.lm_head.forward(hidden)

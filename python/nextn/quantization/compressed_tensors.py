@@ -1,0 +1,107 @@
+"""compressed-tensors FP8, the format of the official GLM-4.5/4.6-FP8 checkpoints (vllm-project/compressed-tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextn.errors import QuantizationError
+from nextn.quantization.names import agreed, match_entry
+from nextn.quantization.scheme import ActivationKind, LinearScheme, SchemeKind
+
+SUPPORTED = (
+    "compressed-tensors is served with 8-bit symmetric float weights, strategy channel, tensor or block, and activations "
+    "that are absent, dynamic per token or group, or static per tensor"
+)
+_KINDS: dict[str, SchemeKind] = {"channel": "fp8_channel", "tensor": "fp8_tensor", "block": "fp8_block"}
+
+
+@dataclass(frozen=True)
+class CompressedTensorsConfig:
+    """groups: (targets, scheme) in the config's order; ignore: entries of modules that are not quantized."""
+
+    groups: tuple[tuple[tuple[str, ...], LinearScheme], ...]
+    ignore: tuple[str, ...]
+    method: str = "compressed-tensors"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str) -> CompressedTensorsConfig:
+        """Read a ``quantization_config``.
+
+        Raises QuantizationError if it asks for something that is not supported.
+        """
+        form = raw.get("format", "float-quantized")
+        if form not in ("float-quantized", "naive-quantized"):
+            raise QuantizationError(f"{where}: format: found {form!r}, expected 'float-quantized'; {SUPPORTED}")
+        if raw.get("kv_cache_scheme"):
+            raise QuantizationError(f"{where}: kv_cache_scheme is not supported; remove it to serve the KV unquantized")
+        groups = raw.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise QuantizationError(f"{where}: config_groups: found {groups!r}, expected at least one group")
+        return cls(
+            groups=tuple((_targets(name, g, where), _scheme(name, g, where)) for name, g in groups.items()),
+            ignore=tuple(raw.get("ignore") or ()),
+        )
+
+    def scheme_for(self, shard_names: Sequence[str]) -> LinearScheme:
+        return agreed(shard_names, [self._scheme_of(name) for name in shard_names])
+
+    def _scheme_of(self, name: str) -> LinearScheme:
+        entry = match_entry(name, self.ignore)
+        if entry is not None:
+            return LinearScheme("unquantized", source=f"ignore entry {entry!r}")
+        for targets, scheme in self.groups:
+            if "Linear" in targets or match_entry(name, targets) is not None:
+                return scheme
+        return LinearScheme("unquantized", source="no config group targets it")
+
+
+def _targets(name: str, group: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not targets:
+        raise QuantizationError(f"{where}: {name}.targets: found {targets!r}, expected a list such as ['Linear']")
+    return tuple(targets)
+
+
+def _scheme(name: str, group: Mapping[str, Any], where: str) -> LinearScheme:
+    weights = group.get("weights") or {}
+    place = f"{where}: {name}.weights"
+    found = {key: weights.get(key) for key in ("num_bits", "type", "strategy")}
+    if (
+        weights.get("num_bits") != 8
+        or weights.get("type") != "float"
+        or weights.get("strategy") not in _KINDS
+        or not weights.get("symmetric", True)
+        or weights.get("dynamic")
+    ):
+        raise QuantizationError(f"{place}: found {found}; {SUPPORTED}")
+    block = None
+    if weights["strategy"] == "block":
+        structure = weights.get("block_structure")
+        if not isinstance(structure, list) or len(structure) != 2 or not all(isinstance(n, int) for n in structure):
+            raise QuantizationError(f"{place}.block_structure: found {structure!r}, expected such as [128, 128]")
+        block = (structure[0], structure[1])
+    return LinearScheme(
+        _KINDS[weights["strategy"]],
+        scale_suffix="weight_scale",
+        block=block,
+        activation=_activation(name, group.get("input_activations"), where),
+        source=f"detected in {where}, {name}",
+    )
+
+
+def _activation(name: str, raw: Mapping[str, Any] | None, where: str) -> ActivationKind:
+    if not raw:
+        return "none"
+    known: dict[tuple[Any, bool], ActivationKind] = {
+        ("token", True): "dynamic_token",
+        ("group", True): "dynamic_group",
+        ("tensor", True): "dynamic_token",  # finer than asked, from the same values
+        ("tensor", False): "static_tensor",
+    }
+    kind = known.get((raw.get("strategy"), bool(raw.get("dynamic"))))
+    if kind is None or raw.get("num_bits") != 8 or raw.get("type") != "float":
+        found = {key: raw.get(key) for key in ("num_bits", "type", "strategy", "dynamic")}
+        raise QuantizationError(f"{where}: {name}.input_activations: found {found}; {SUPPORTED}")
+    return kind

@@ -1,0 +1,60 @@
+"""Which quantization a checkpoint declares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nextn.errors import QuantizationError
+from nextn.quantization.compressed_tensors import CompressedTensorsConfig
+from nextn.quantization.fp8 import Fp8Config
+from nextn.quantization.scheme import QuantizationConfig
+
+METHODS = ("compressed-tensors", "fp8")
+
+
+def detect_quantization(folder: Path, declared: Mapping[str, Any] | None) -> QuantizationConfig | None:
+    """The quantization config of a checkpoint; None where it declares none.
+
+    declared: ``quantization_config`` or ``compression_config`` of config.json; without it, ``hf_quant_config.json``
+    Raises QuantizationError for methods that are not supported, by name.
+    """
+    where = "config.json"
+    extra = folder / "hf_quant_config.json"
+    if declared is None and extra.is_file():
+        where = extra.name
+        try:
+            declared = json.loads(extra.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise QuantizationError(f"{extra} cannot be read: {error}") from None
+    if declared is None:
+        return None
+    if not isinstance(declared, Mapping):
+        raise QuantizationError(f"{where}: quantization_config: found {declared!r}, expected an object")
+    return _from_declared(declared, where)
+
+
+def _from_declared(declared: Mapping[str, Any], where: str) -> QuantizationConfig:
+    if "quantization" in declared:
+        return _from_modelopt(declared["quantization"], where)
+    method = declared.get("quant_method")
+    if method == "compressed-tensors" or (method is None and "config_groups" in declared):
+        return CompressedTensorsConfig.from_dict(declared, where)
+    if method == "fp8":
+        return Fp8Config.from_dict(declared, where)
+    raise QuantizationError(
+        f"{where}: quantization method {method!r} is not supported; expected one of {', '.join(METHODS)}, or none"
+    )
+
+
+def _from_modelopt(declared: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """NVIDIA ModelOpt's ``hf_quant_config.json``; its FP8 is per tensor with static activations."""
+    algorithm = declared.get("quant_algo")
+    if algorithm != "FP8":
+        raise QuantizationError(f"{where}: quant_algo {algorithm!r} is not supported; expected 'FP8'")
+    if declared.get("kv_cache_quant_algo"):
+        raise QuantizationError(f"{where}: kv_cache_quant_algo is not supported; remove it to serve the KV unquantized")
+    excluded = [entry.removesuffix("*").removesuffix(".") for entry in declared.get("exclude_modules") or ()]
+    return Fp8Config.from_dict({"activation_scheme": "static", "modules_to_not_convert": excluded}, where)

@@ -1,0 +1,62 @@
+"""``quant_method: fp8``: DeepSeek-V3's block format, and its older per-tensor form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextn.errors import QuantizationError
+from nextn.quantization.names import agreed, match_entry, match_prefix
+from nextn.quantization.scheme import LinearScheme
+
+ALWAYS_EXCLUDED = ("mlp.gate", "eh_proj", "lm_head", "embed_tokens", "shared_head.head")
+"""Modules that this format never quantizes, whether or not the config lists them."""
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """scheme: of every linear that is not excluded; excluded: entries of ``modules_to_not_convert``."""
+
+    scheme: LinearScheme
+    excluded: tuple[str, ...]
+    method: str = "fp8"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str) -> Fp8Config:
+        """Read a ``quantization_config``.
+
+        Raises QuantizationError if it asks for something that is not supported.
+        """
+        code = raw.get("fmt", "e4m3")
+        if code not in ("e4m3", "float8_e4m3fn"):
+            raise QuantizationError(f"{where}: fmt: found {code!r}, expected 'e4m3'")
+        activation = raw.get("activation_scheme", "dynamic")
+        if activation not in ("dynamic", "static"):
+            raise QuantizationError(f"{where}: activation_scheme: found {activation!r}, expected 'dynamic' or 'static'")
+        block = raw.get("weight_block_size")
+        source = f"detected in {where}"
+        if block is None:
+            kind = "static_tensor" if activation == "static" else "dynamic_token"
+            scheme = LinearScheme("fp8_tensor", "weight_scale", activation=kind, source=source)  # type: ignore[arg-type]
+        else:
+            if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+                raise QuantizationError(f"{where}: weight_block_size: found {block!r}, expected such as [128, 128]")
+            if activation != "dynamic":
+                raise QuantizationError(f"{where}: activation_scheme: found 'static', expected 'dynamic' with blocks")
+            scheme = LinearScheme(
+                "fp8_block", "weight_scale_inv", (block[0], block[1]), activation="dynamic_group", source=source
+            )
+        excluded = raw.get("modules_to_not_convert") or raw.get("ignored_layers") or ()
+        return cls(scheme, tuple(excluded))
+
+    def scheme_for(self, shard_names: Sequence[str]) -> LinearScheme:
+        return agreed(shard_names, [self._scheme_of(name) for name in shard_names])
+
+    def _scheme_of(self, name: str) -> LinearScheme:
+        entry = match_entry(name, self.excluded) or match_prefix(name, self.excluded)
+        if entry is not None:
+            return LinearScheme("unquantized", source=f"modules_to_not_convert entry {entry!r}")
+        if name.endswith(ALWAYS_EXCLUDED):
+            return LinearScheme("unquantized", source="never quantized in this format")
+        return self.scheme

@@ -1,0 +1,83 @@
+"""The HTTP application: routers, middleware, and the error contract around all of them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nextn.errors import RequestError
+from nextn.server import admin, chat, completions, native
+from nextn.server.auth import ApiKeyGuard
+from nextn.server.errors import ApiError, from_request_error, invalid
+from nextn.server.openapi import install_schema
+from nextn.server.responses import as_api_error
+from nextn.server.services import Services
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(services: Services) -> ASGIApp:
+    """The whole application around ``services``, ready to be served."""
+    app = FastAPI(
+        title="nextn",
+        version=admin.version(),
+        description="OpenAI-compatible inference for GLM-4.x MoE models.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for module in (chat, completions, native, admin):
+        app.include_router(module.router(services))
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(RequestError, _answer_request_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    install_schema(app)
+    return _LastResort(ApiKeyGuard(app, services.args.api_key, services.args.admin_api_key))
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _answer_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return from_request_error(error).response()
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path:.200} is not served here."
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> Response:
+    return invalid("The request is wrong.").response()
+
+
+class _LastResort:
+    """Outermost middleware: an exception that nobody foresaw becomes a 500 in the contract's form, and a log line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception as error:
+            failure = as_api_error(error)
+            if not begun:
+                await failure.response()(scope, receive, send)

@@ -1,0 +1,128 @@
+"""From a chat request to a plan: what is not served is refused by name, and the messages become a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from nextn.server.decoding import check_depth
+from nextn.server.errors import invalid, unsupported
+from nextn.server.generating import Plan, Prompt
+from nextn.server.planning import Options, Wish, make_plan
+from nextn.server.prompts import maybe_in_thread
+from nextn.server.requests import ChatRequest, ContentPart, Message
+from nextn.server.services import Services
+
+MAX_TOOLS = 128
+
+
+def check_supported(asked: ChatRequest) -> None:
+    """Refuse what is known and not served, and combinations that mean nothing."""
+    if asked.response_format is not None and asked.response_format.type != "text":
+        message = f"'response_format' {asked.response_format.type!r:.100} is not supported; use 'text'."
+        raise unsupported(message, "response_format")
+    if asked.tool_choice not in (None, "auto", "none"):
+        raise unsupported("'tool_choice' is supported as 'auto' and 'none' only.", "tool_choice")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs", "invalid_value")
+    if asked.stream_options is not None and not asked.stream:
+        raise invalid("'stream_options' is allowed only with 'stream': true.", "stream_options", "invalid_value")
+    if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
+        raise invalid("'max_tokens' and 'max_completion_tokens' differ.", "max_tokens", "invalid_value")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(asked, name) == 0:
+            raise invalid(f"'{name}' must be at least 1.", name, "invalid_value")
+    check_depth(asked.metadata, "metadata")
+    check_depth(asked.tools, "tools")
+
+
+async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Plan:
+    """Render the messages and check every limit. ``tools`` are those that the model is told of."""
+    prompt = await _render(services, asked, tools)
+    rid = asked.rid or services.new_id("chatcmpl")
+    wish = Wish(
+        fields=asked,
+        max_tokens=asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
+        min_tokens=asked.min_tokens,
+        seed=asked.seed,
+        default_max_tokens=None,
+        prompt_param="messages",
+    )
+    options = Options(
+        rid=rid,
+        rids=[rid],
+        n=asked.n or 1,
+        streams=bool(asked.stream),
+        watches_text=asked.parallel_tool_calls is False,
+        priority=asked.priority,
+        cache_salt=asked.cache_salt,
+        num_top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+    )
+    return make_plan(services, [prompt], [wish], options)
+
+
+async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Prompt:
+    if not asked.messages:
+        raise invalid("'messages' is empty; give at least one.", "messages", "invalid_value")
+    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(asked.messages)]
+    tokenizer = services.require_tokenizer()
+    options = asked.chat_template_kwargs
+    enable_thinking = None if options is None else options.enable_thinking
+    size = sum(len(str(message.get("content") or "")) for message in messages)
+    token_ids = await maybe_in_thread(
+        size, lambda: tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking)
+    )
+    return Prompt(token_ids=token_ids)
+
+
+def _message(message: Message, where: str) -> dict[str, Any]:
+    """A message as templates read it: only the fields that carry something, tool arguments as an object."""
+    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        raise invalid(f"'{where}.content' is missing.", f"{where}.content", "invalid_value")
+    content: Any = message.content
+    if isinstance(content, list):
+        content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+    plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    if message.reasoning_content is not None:
+        plain["reasoning_content"] = message.reasoning_content
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(
+                        call.function.arguments, f"{where}.tool_calls[{index}].function.arguments"
+                    ),
+                },
+            }
+            for index, call in enumerate(message.tool_calls)
+        ]
+    return plain
+
+
+def _part(part: ContentPart, where: str) -> dict[str, str]:
+    if part.type != "text":
+        raise unsupported(f"'{where}.type' {part.type!r:.100} is not supported; use 'text'.", f"{where}.type")
+    if part.text is None:
+        raise invalid(f"'{where}.text' is missing.", f"{where}.text", "invalid_value")
+    return {"type": "text", "text": part.text}
+
+
+def _arguments(given: str | dict[str, Any], where: str) -> dict[str, Any]:
+    """Templates walk the arguments of a tool call, so they must be an object; clients send them as a JSON string."""
+    if isinstance(given, str):
+        try:
+            given = msgspec.json.decode(given or "{}")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise invalid(f"'{where}' is not valid JSON.", where, "invalid_value") from None
+    if not isinstance(given, dict):
+        raise invalid(f"'{where}' must be a JSON object.", where, "invalid_value")
+    check_depth(given, where)
+    return given

@@ -1,0 +1,171 @@
+"""``/v1/completions``: OpenAI's text completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nextn.protocol.messages import TokenLogprobs
+from nextn.server.answers import Completion, CompletionChoice, usage_of
+from nextn.server.decoding import check_depth, decode, read_body
+from nextn.server.errors import invalid, unsupported
+from nextn.server.generating import Choice, Piece, Plan, generate
+from nextn.server.logprobs import completion_logprobs
+from nextn.server.openapi import documented
+from nextn.server.planning import Options, Wish, make_plan
+from nextn.server.prompts import read_prompts
+from nextn.server.requests import CompletionRequest
+from nextn.server.responses import EventStream, JsonReply, sse
+from nextn.server.services import Services
+
+DEFAULT_MAX_TOKENS = 16
+
+_DECODER = msgspec.json.Decoder(CompletionRequest)
+
+
+def router(services: Services) -> APIRouter:
+    """The completions endpoint."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", **documented(CompletionRequest, 404, 429))
+    async def post_completions(request: Request) -> Response:
+        asked = decode(await read_body(request, services.args.max_body_bytes), _DECODER)
+        services.check_model(asked.model)
+        _refuse_unsupported(asked)
+        services.engine.require_ready()
+        services.require_tokenizer()
+        plan = await _plan(services, asked)
+        if asked.stream:
+            return EventStream(_stream(services, asked, plan), services.metrics.count_disconnect)
+        return JsonReply(_collect(services, asked, plan), services.metrics.count_disconnect)
+
+    return routes
+
+
+def _refuse_unsupported(asked: CompletionRequest) -> None:
+    check_depth(asked.metadata, "metadata")
+    if asked.suffix:
+        raise unsupported("'suffix' is not supported: these models do not fill in the middle.", "suffix")
+    if asked.best_of is not None and asked.best_of != (asked.n or 1):
+        raise unsupported("'best_of' is supported only where it equals 'n'.", "best_of")
+    if asked.stream_options is not None and not asked.stream:
+        raise invalid("'stream_options' is allowed only with 'stream': true.", "stream_options", "invalid_value")
+
+
+async def _plan(services: Services, asked: CompletionRequest) -> Plan:
+    prompts = await read_prompts(services, asked.prompt, "prompt")
+    rid = asked.rid or services.new_id("cmpl")
+    wish = Wish(
+        fields=asked,
+        max_tokens=asked.max_tokens,
+        min_tokens=asked.min_tokens,
+        seed=asked.seed,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+    )
+    options = Options(
+        rid=rid,
+        rids=[rid] if len(prompts) == 1 else [f"{rid}-p{i}" for i in range(len(prompts))],
+        n=asked.n or 1,
+        streams=bool(asked.stream),
+        priority=asked.priority,
+        cache_salt=asked.cache_salt,
+        num_top_logprobs=asked.logprobs,
+        prompt_logprobs_start=0 if asked.echo and asked.logprobs is not None else None,
+    )
+    return make_plan(services, prompts, [wish] * len(prompts), options)
+
+
+class _Writer:
+    """Turns pieces into choices of an answer; keeps where each choice's text ends, for the offsets of logprobs."""
+
+    def __init__(self, services: Services, asked: CompletionRequest, plan: Plan) -> None:
+        self._tokenizer = services.require_tokenizer()
+        self._asked = asked
+        self._offsets = [0] * (len(plan.prompts) * plan.n)
+
+    def write(self, piece: Piece) -> CompletionChoice:
+        choice = piece.choice
+        echoed = self._prompt_text(choice) if piece.is_first and self._asked.echo else ""
+        text = echoed + piece.text
+        tokens = [*piece.prompt_logprobs, *piece.logprobs]
+        if self._asked.logprobs is None:
+            logprobs = None
+        else:
+            start = self._offsets[choice.index]
+            logprobs = self._logprobs(tokens, start if piece.prompt_logprobs else start + len(echoed))
+        self._offsets[choice.index] += len(text)
+        return CompletionChoice(
+            index=choice.index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=choice.finish_reason,
+            matched_stop=choice.matched,
+        )
+
+    def _logprobs(self, tokens: list[TokenLogprobs], start: int) -> dict[str, Any]:
+        return completion_logprobs(tokens, self._tokenizer.token_text, self._asked.logprobs or 0, start)
+
+    def _prompt_text(self, choice: Choice) -> str:
+        text = choice.prompt.text
+        return self._tokenizer.decode(choice.prompt.token_ids) if text is None else text
+
+
+async def _stream(services: Services, asked: CompletionRequest, plan: Plan) -> AsyncGenerator[bytes, None]:
+    writer = _Writer(services, asked, plan)
+    wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+    created = int(time.time())
+    seen: dict[int, Choice] = {}
+
+    def chunk(choices: list[CompletionChoice], usage: Any) -> bytes:
+        answer = Completion(
+            id=plan.rid, created=created, model=services.served_model_name, choices=choices, usage=usage
+        )
+        return sse(msgspec.json.encode(answer))
+
+    no_usage = None if wants_usage else msgspec.UNSET
+    async with aclosing(generate(services, plan)) as steps:
+        async for pieces in steps:
+            seen.update((piece.choice.index, piece.choice) for piece in pieces)
+            events = [chunk([writer.write(piece)], no_usage) for piece in pieces if not piece.is_empty]
+            if events:
+                yield b"".join(events)
+    if wants_usage:
+        yield chunk([], usage_of(seen.values(), plan.n))
+
+
+async def _collect(services: Services, asked: CompletionRequest, plan: Plan) -> bytes:
+    writer = _Writer(services, asked, plan)
+    parts: dict[int, list[CompletionChoice]] = {}
+    seen: dict[int, Choice] = {}
+    async with aclosing(generate(services, plan)) as steps:
+        async for pieces in steps:
+            for piece in pieces:
+                parts.setdefault(piece.choice.index, []).append(writer.write(piece))
+                seen[piece.choice.index] = piece.choice
+    answer = Completion(
+        id=plan.rid,
+        created=int(time.time()),
+        model=services.served_model_name,
+        choices=[_joined(parts[index]) for index in sorted(parts)],
+        usage=usage_of(seen.values(), plan.n),
+    )
+    return msgspec.json.encode(answer)
+
+
+def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
+    """One choice that says what its parts say in turn."""
+    last = parts[-1]
+    logprobs = None
+    if last.logprobs is not None:
+        logprobs = {
+            key: None if last.logprobs[key] is None else [x for part in parts if part.logprobs for x in part.logprobs[key]]
+            for key in last.logprobs
+        }
+    return msgspec.structs.replace(last, text="".join(part.text for part in parts), logprobs=logprobs)

@@ -1,0 +1,54 @@
+"""What the endpoints work with: one frozen object, made once and handed to every router."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+
+from nextn.config.server_args import ServerArgs
+from nextn.server.engine_client import EngineClient
+from nextn.server.errors import ApiError, model_not_found
+from nextn.server.metrics import Metrics
+from nextn.server.sampling import SamplingDefaults
+from nextn.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """The server's parts and its configuration.
+
+    tokenizer: None under --skip-tokenizer-init: token ids in and out only
+    defaults: sampling parameters for requests that do not say
+    """
+
+    args: ServerArgs
+    model_path: str
+    served_model_name: str
+    engine: EngineClient
+    metrics: Metrics
+    tokenizer: Tokenizer | None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    created: int = field(default_factory=lambda: int(time.time()))
+    seeds: random.Random = field(default_factory=random.Random)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or 400 where the server was started without."""
+        if self.tokenizer is None:
+            raise ApiError(
+                400,
+                "This server was started with --skip-tokenizer-init: it takes and gives token ids only; use /generate.",
+                code="no_tokenizer",
+            )
+        return self.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """404 for a model that is not served; a request may leave the name out."""
+        if name is not None and name != self.served_model_name:
+            raise model_not_found(name, self.served_model_name)
+
+    def new_seed(self) -> int:
+        return self.seeds.getrandbits(63)
+
+    def new_id(self, prefix: str) -> str:
+        return f"{prefix}-{random.getrandbits(128):032x}"

@@ -1,0 +1,66 @@
+"""Fixtures shared by all tests: small real checkpoints, and engines over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextn.config.engine_config import EngineConfig
+from nextn.execution.engine import Engine
+from nextn.protocol.messages import AddRequest, RequestOutput
+from nextn.protocol.sampling import TokenSampling
+from tests.checkpoints import tiny_config, write_checkpoint
+
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random FP8 checkpoint with a NextN layer. Its vocabulary is small, so that random drafts are often right."""
+    config = tiny_config(vocab_size=24, num_nextn_predict_layers=1, max_position_embeddings=512)
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), config, quant="channel")
+
+
+EngineFactory = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def make_engine(tiny_checkpoint: Path) -> EngineFactory:
+    """Builds an engine over the tiny checkpoint; keyword arguments are EngineConfig's."""
+
+    def make(**options: Any) -> Engine:
+        return Engine(EngineConfig(**{"model_path": str(tiny_checkpoint), "max_running_requests": 16, **options}))
+
+    return make
+
+
+def request(rid: str, prompt: list[int], max_new_tokens: int = 24, **fields: Any) -> AddRequest:
+    """A request with greedy sampling unless ``fields`` says otherwise; engine fields go by their own names."""
+    of_request = {k: fields.pop(k) for k in AddRequest.__struct_fields__ if k in fields}
+    values = {"temperature": 0.0, "seed": 0, "ignore_eos": True, "max_new_tokens": max_new_tokens, **fields}
+    return AddRequest(rid=rid, input_ids=prompt, sampling=TokenSampling(**values), **of_request)
+
+
+def run_all(engine: Engine, requests: list[AddRequest]) -> dict[str, list[int]]:
+    """Add the requests together, run to the end, check that nothing leaked. Returns output tokens by rid."""
+    return {rid: [t for o in outputs for t in o.token_ids] for rid, outputs in run_outputs(engine, requests).items()}
+
+
+def run_outputs(engine: Engine, requests: list[AddRequest]) -> dict[str, list[RequestOutput]]:
+    """As run_all, with every output message."""
+    found: dict[str, list[RequestOutput]] = {r.rid: [] for r in requests}
+    for one in requests:
+        refusal = engine.add(one)
+        assert refusal is None, refusal
+    while engine.has_work:
+        for output in engine.step():
+            found[output.rid].append(output)
+        engine.scheduler.check()
+    assert all(outputs[-1].finish_reason is not None for outputs in found.values())
+    pages = engine.scheduler.pages
+    assert pages.num_available == pages.num_pages, "pages leaked"
+    return found

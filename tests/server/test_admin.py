@@ -1,0 +1,146 @@
+"""Health, information, metrics, cache and keys."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.conftest import MODEL, App, AppFactory, wait_until
+from tests.server.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, Behaviour
+from tests.server.test_errors import check_error
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_health_says_ok_once_the_model_is_loaded(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(load_seconds=0.5), wait=False)
+    assert app.http.get("/health").status_code == 503
+    wait_until(lambda: app.http.get("/health").status_code == 200)
+
+
+def test_health_generate_makes_the_engine_work(make_app: AppFactory) -> None:
+    app = make_app()
+    assert app.http.get("/health_generate").status_code == 200
+    assert app.engine.num_tokens == 1
+    failing = make_app(behaviour=Behaviour(error_after_tokens=0))
+    check_error(failing.http.get("/health_generate"), 500, None)
+    full = make_app(behaviour=Behaviour(queue_limit=0))
+    check_error(full.http.get("/health_generate"), 429, None)
+
+
+def test_models_lists_the_served_model(app: App) -> None:
+    (card,) = app.openai.models.list().data
+    assert card.id == MODEL
+    assert app.openai.models.retrieve(MODEL).id == MODEL
+    assert card.max_model_len == CONTEXT_LENGTH  # type: ignore[attr-defined]
+
+
+def test_model_info_describes_the_model(app: App) -> None:
+    info = app.http.get("/get_model_info").json()
+    assert info["model_path"] == app.services.model_path
+    assert info["served_model_name"] == MODEL
+    assert info["vocab_size"] == VOCAB_SIZE
+
+
+def test_server_info_has_arguments_and_statistics_but_no_key(make_app: AppFactory) -> None:
+    app = make_app("--api-key", "secret-one", "--admin-api-key", "secret-two")
+    app.http.post("/generate", json={"text": "x"}, headers=bearer("secret-one"))
+    response = app.http.get("/get_server_info", headers=bearer("secret-one"))
+    info = response.json()
+    assert info["engine"] == {"name": "fake"}
+    assert info["stats"]["page_size"] == 16
+    assert info["stream_interval"] == 1
+    assert "secret" not in response.text
+
+
+def test_load_counts_running_requests(app: App) -> None:
+    (load,) = app.http.get("/get_load").json()
+    assert set(load) == {"dp_rank", "num_reqs", "num_waiting_reqs", "num_tokens"}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_flush_cache_asks_the_engine(app: App, method: str) -> None:
+    assert app.http.request(method, "/flush_cache").json() == {"flushed": True}
+
+
+def test_the_page_says_what_this_is_and_how_to_call_it(app: App) -> None:
+    page = app.http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert f"curl {app.url}/v1/chat/completions" in page.text
+    assert MODEL in page.text
+    hostile = app.http.get("/", headers={"Host": "<script>alert(1)</script>"})
+    assert "<script>" not in hostile.text
+
+
+def test_abort_all_ends_every_request(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.02))
+    body = {"text": ["a", "b"], "stream": True, "sampling_params": {"max_new_tokens": 400}}
+    with app.http.stream("POST", "/generate", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert app.http.post("/abort_request", json={"abort_all": True}).status_code == 200
+        assert sum('"type":"abort"' in line for line in lines) == 2
+    app.wait_until_idle()
+
+
+def test_a_key_is_needed_where_one_is_set(make_app: AppFactory) -> None:
+    app = make_app("--api-key", "right")
+    for headers in ({}, bearer("wrong"), bearer("right2"), bearer("righ"), {"Authorization": "right"}, bearer("ä")):
+        encoded = {name: value.encode() for name, value in headers.items()}
+        for path in ("/v1/models", "/generate", "/get_server_info", "/flush_cache", "/openapi.json", "/nope"):
+            response = app.http.get(path, headers=encoded)
+            check_error(response, 401, None, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+    for path in ("/health", "/metrics", "/"):
+        assert app.http.get(path).status_code == 200
+    assert app.http.get("/v1/models", headers=bearer("right")).status_code == 200
+    assert app.http.get("/v1/models", headers={"authorization": "bearer right"}).status_code == 200
+    assert app.http.post("/flush_cache", headers=bearer("right")).status_code == 200
+
+
+def test_admin_endpoints_take_only_the_admin_key_where_one_is_set(make_app: AppFactory) -> None:
+    app = make_app("--api-key", "user", "--admin-api-key", "boss")
+    for path in ("/flush_cache", "/abort_request"):
+        check_error(app.http.post(path, json={"rid": "x"}, headers=bearer("user")), 401, None, "invalid_api_key")
+        assert app.http.post(path, json={"rid": "x"}, headers=bearer("boss")).status_code == 200
+    check_error(app.http.get("/v1/models", headers=bearer("boss")), 401, None)
+    only_admin = make_app("--admin-api-key", "boss")
+    assert only_admin.http.get("/v1/models").status_code == 200
+    check_error(only_admin.http.post("/flush_cache"), 401, None)
+
+
+def samples(response: httpx.Response) -> dict[str, float]:
+    """Sample name (and position label) to value."""
+    return {
+        sample.name + (f"@{sample.labels['position']}" if "position" in sample.labels else ""): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(make_app: AppFactory) -> None:
+    app = make_app()
+    for _ in range(3):
+        app.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 10})
+    found = samples(app.http.get("/metrics"))
+    for histogram in ("time_to_first_token", "e2e_request_latency"):
+        assert found[f"nextn:{histogram}_seconds_count"] == 3
+    assert found["nextn:queue_time_seconds_count"] == 3
+    assert found["nextn:inter_token_latency_seconds_count"] == 3 * 8
+    assert found["nextn:generation_tokens_total"] == 30
+    assert found["nextn:num_running_reqs"] == 0
+    assert found["nextn:spec_accept_length"] == 2.0
+    assert found["nextn:spec_accepted_per_position_total@0"] == found["nextn:spec_num_accepted_tokens_total"] == 15
+    for name in ("num_queue_reqs", "token_usage", "cache_hit_rate", "prompt_tokens_total", "num_preemptions_total"):
+        assert f"nextn:{name}" in found
+    for name in ("num_aborted_requests_total", "spec_num_drafts_total", "spec_num_draft_tokens_total"):
+        assert f"nextn:{name}" in found
+
+
+def test_metrics_of_two_servers_are_apart(make_app: AppFactory) -> None:
+    busy, idle = make_app(), make_app()
+    busy.http.post("/v1/completions", json={"prompt": "x"})
+    assert samples(idle.http.get("/metrics"))["nextn:e2e_request_latency_seconds_count"] == 0

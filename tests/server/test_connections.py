@@ -1,0 +1,135 @@
+"""Clients that leave, clients that read slowly, and many clients at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from nextn.protocol.messages import Abort
+from tests.server.conftest import App, AppFactory, wait_until
+from tests.server.fake_engine import Behaviour
+
+LONG = {"sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
+
+
+def open_request(app: App, path: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request over a bare socket, which can be closed at any moment."""
+    url = httpx.URL(app.url)
+    assert url.port is not None
+    payload = json.dumps(body).encode()
+    connection = socket.create_connection((url.host, url.port), timeout=10)
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+    connection.sendall(head.encode() + payload)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_leaves_frees_the_engine_within_a_step(make_app: AppFactory, path: str, stream: bool) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.05, tokens_per_step=1))
+    bodies: dict[str, dict[str, Any]] = {
+        "/generate": {"text": "x", **LONG},
+        "/v1/completions": {"prompt": "x", "max_tokens": 400, "n": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 300},
+    }
+    connection = open_request(app, path, {**bodies[path], "stream": stream})
+    wait_until(lambda: app.engine.num_tokens >= 2)
+    connection.close()
+    left_at = app.engine.num_steps
+    app.wait_until_idle()
+    assert app.engine.num_steps - left_at <= 2
+    assert sum(isinstance(message, Abort) for message in app.engine.log) == len(app.added)
+    text = app.http.get("/metrics").text
+    assert "nextn:num_aborted_requests_total 1.0" in text
+
+
+def test_a_client_that_leaves_before_the_first_token_frees_the_engine(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(hang_after_tokens=0))
+    connection = open_request(app, "/generate", {"text": "x", **LONG})
+    wait_until(lambda: bool(app.engine.running))
+    connection.close()
+    app.wait_until_idle()
+
+
+def test_a_client_that_does_not_read_costs_no_queue(make_app: AppFactory) -> None:
+    """What one slow client leaves unread is merged into one pending output, and nobody else waits for it."""
+    app = make_app(behaviour=Behaviour(step_seconds=0.0, tokens_per_step=1))
+    text = "word " * 200
+    url = httpx.URL(app.url)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    assert url.port is not None
+    slow.connect((url.host, url.port))
+    num_prompt = len(app.services.require_tokenizer().encode(text))
+    body = {"text": text, "stream": True, "sampling_params": {"max_new_tokens": 500 - num_prompt, "n": 8}}
+    payload = json.dumps(body | {"return_logprob": True, "top_logprobs_num": 5}).encode()
+    slow.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(payload) + payload)
+    wait_until(lambda: bool(app.engine.log) and not app.engine.running)
+    quick = app.http.post("/generate", json={"text": "x", "sampling_params": {"max_new_tokens": 2}})
+    assert quick.status_code == 200
+    received = b""
+    slow.settimeout(10)
+    while b"[DONE]" not in received[-100:]:
+        received += slow.recv(1 << 20)
+    slow.close()
+    ends = [line for line in received.split(b"\n") if b'"type":"length"' in line]
+    assert len(ends) == 8
+    assert received.count(b"data: ") < 8 * (500 - num_prompt) / 2, "nothing was merged"
+
+
+def test_many_streams_at_once_all_get_their_own_tokens(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.002))
+
+    async def one(client: httpx.AsyncClient, index: int) -> list[int]:
+        body = {"input_ids": [index, index + 1], "stream": True, "sampling_params": {"max_new_tokens": 50}}
+        response = await client.post("/generate", json=body)
+        last = [line for line in response.text.splitlines() if line][-2]
+        ids: list[int] = json.loads(last.removeprefix("data: "))["output_ids"]
+        return ids
+
+    async def run() -> list[list[int]]:
+        async with httpx.AsyncClient(base_url=app.url, timeout=30) as client:
+            return await asyncio.gather(*(one(client, index) for index in range(32)))
+
+    for index, ids in enumerate(asyncio.run(run())):
+        assert ids == [index, index + 1] * 25
+
+
+def test_a_request_in_flight_when_the_engine_fails_ends_with_an_error(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.01))
+    answers: list[httpx.Response] = []
+
+    def ask(stream: bool) -> None:
+        answers.append(app.http.post("/generate", json={"text": "x", "stream": stream, **LONG}))
+
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: app.engine.num_tokens >= 8)
+    app.run_in_server(lambda: app.services.engine.fail("the engine process was killed by SIGKILL"))
+    for thread in threads:
+        thread.join(5)
+    whole, streamed = sorted(answers, key=lambda answer: -answer.status_code)
+    assert whole.status_code == 500
+    assert "SIGKILL" in whole.json()["error"]["message"]
+    last = [line for line in streamed.text.splitlines() if line][-1]
+    assert "SIGKILL" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert app.http.get("/health").status_code == 503
+    late = app.http.post("/generate", json={"text": "x"})
+    assert late.status_code == 503
+    assert "SIGKILL" in late.json()["error"]["message"]
+
+
+def test_keep_alive_connections_serve_request_after_request(app: App) -> None:
+    started = time.monotonic()
+    with app.http as client:
+        for _ in range(20):
+            assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert time.monotonic() - started < 5
