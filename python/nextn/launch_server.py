@@ -73,8 +73,8 @@ def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry) -
     grace = 0.0
     try:
         engine = _spawn(engine_entry, args, model_path, socket_dir)
-        reason = _serve(args, model_path, socket_dir, listener, engine)
-        grace = ENGINE_EXIT_TIMEOUT if reason is None else 0.0
+        reason, is_engine_well = _serve(args, model_path, socket_dir, listener, engine)
+        grace = ENGINE_EXIT_TIMEOUT if is_engine_well else 0.0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -121,8 +121,8 @@ def _run_real_engine(
 
 def _serve(
     args: ServerArgs, model_path: str, socket_dir: Path, listener: socket.socket, engine: SpawnProcess
-) -> str | None:
-    """Serve until asked to stop (None) or until the engine fails (the reason)."""
+) -> tuple[str | None, bool]:
+    """Serve until asked to stop (None) or until the engine fails (the reason); also: does the engine still listen?"""
     import asyncio
 
     import uvloop
@@ -152,7 +152,7 @@ def _serve(
             flush=True,
         )
 
-    async def run() -> str | None:
+    async def run() -> tuple[str | None, bool]:
         metrics = Metrics()
         client = EngineClient(ServerEnd(socket_dir), metrics)
         services = Services(
@@ -171,7 +171,8 @@ def _serve(
             engine_exit_code=lambda: engine.exitcode,
             announce=announce,
         )
-        return await serve(create_app(services), client, listener, watch)
+        reason = await serve(create_app(services), client, listener, watch)
+        return reason, reason is None and client.ready is not None
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())

@@ -107,7 +107,7 @@ def test_sampled_tokens_have_the_targets_distribution(make_engine: EngineFactory
     num = 4000
     counts = []
     for num_drafts in (0, 2):
-        engine = make_engine(num_draft_steps=num_drafts, max_running_requests=64)
+        engine = make_engine(num_draft_steps=num_drafts, max_running_requests=64, max_queued_requests=num)
         outputs = run_all(
             engine,
             [

@@ -1,6 +1,6 @@
 """An engine that speaks the real protocol over the real sockets and computes nothing.
 
-It makes, on demand, the faults that a real engine makes only by accident: death, silence, a full queue, an internal error.
+It makes, on demand, the faults that a real engine makes only by accident: death, silence, a full queue, an error.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Launched:
         return found
 
     def engine_pid(self) -> int:
-        """The engine is the child that maps torch or speaks over the sockets: the one that is not a resource tracker."""
+        """The engine is the child that is not multiprocessing's resource tracker."""
         (pid,) = [p for p in self.children() if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
         return pid
 

@@ -25,7 +25,9 @@ def open_request(app: App, path: str, body: dict[str, Any]) -> socket.socket:
     assert url.port is not None
     payload = json.dumps(body).encode()
     connection = socket.create_connection((url.host, url.port), timeout=10)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + payload)
     return connection
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_streamed_text_is_cumulative_and_ends_with_done(app: App) -> None:
     whole = app.http.post("/generate", json=body).json()
     events = events_of(app.http.post("/generate", json={**body, "stream": True}))
     assert len(events) > 1
-    for earlier, later in zip(events, events[1:], strict=False):
+    for earlier, later in itertools.pairwise(events):
         assert later["text"].startswith(earlier["text"])
         assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
         assert earlier["meta_info"]["finish_reason"] is None

@@ -138,7 +138,13 @@ async def _generate_one_token(services: Services) -> None:
 
 def _model_card(services: Services) -> dict[str, Any]:
     name = services.served_model_name
-    card: dict[str, Any] = {"id": name, "object": "model", "created": services.created, "owned_by": "nextn", "root": name}
+    card: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": services.created,
+        "owned_by": "nextn",
+        "root": name,
+    }
     if services.engine.ready is not None:
         card["max_model_len"] = services.engine.ready.context_length
     return card

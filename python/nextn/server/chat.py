@@ -1,2 +1,5 @@
 from fastapi import APIRouter
-def router(services): return APIRouter()
+
+
+def router(services):
+    return APIRouter()

@@ -97,9 +97,7 @@ def _message(message: Message, where: str) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _arguments(
-                        call.function.arguments, f"{where}.tool_calls[{index}].function.arguments"
-                    ),
+                    "arguments": _arguments(call.function.arguments, f"{where}.tool_calls[{index}].function.arguments"),
                 },
             }
             for index, call in enumerate(message.tool_calls)

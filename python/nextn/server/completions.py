@@ -165,7 +165,9 @@ def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
     logprobs = None
     if last.logprobs is not None:
         logprobs = {
-            key: None if last.logprobs[key] is None else [x for part in parts if part.logprobs for x in part.logprobs[key]]
+            key: None
+            if last.logprobs[key] is None
+            else [x for part in parts if part.logprobs for x in part.logprobs[key]]
             for key in last.logprobs
         }
     return msgspec.structs.replace(last, text="".join(part.text for part in parts), logprobs=logprobs)

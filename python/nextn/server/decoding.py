@@ -13,7 +13,7 @@ from nextn.server.errors import ApiError, invalid, too_large
 T = TypeVar("T")
 
 MAX_DEPTH = 64
-"""Levels of nesting in free-form JSON (tools, template arguments): deeper than any schema, far from recursion limits."""
+"""Levels of nesting in free-form JSON: deeper than any tool's schema, far from recursion limits."""
 
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$?(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)

@@ -20,7 +20,9 @@ class CappedHttpProtocol(HttpToolsProtocol):
             self._num_header_bytes += len(data)
         super().data_received(data)
         if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._refuse(ApiError(431, f"The headers have more than {MAX_HEADER_BYTES} bytes.", code="headers_too_large"))
+            self._refuse(
+                ApiError(431, f"The headers have more than {MAX_HEADER_BYTES} bytes.", code="headers_too_large")
+            )
 
     def on_headers_complete(self) -> None:
         self._in_headers = False

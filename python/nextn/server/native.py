@@ -223,7 +223,9 @@ async def _stream(
                 answer = answers[piece.choice.index].add(piece)
                 if piece.is_empty:
                     continue
-                events.append(sse(msgspec.json.encode(answer if is_single else {**answer, "index": piece.choice.index})))
+                events.append(
+                    sse(msgspec.json.encode(answer if is_single else {**answer, "index": piece.choice.index}))
+                )
             if events:
                 yield b"".join(events)
 

@@ -6,7 +6,7 @@ import html
 import json
 
 _STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem;color:#222}"
     "pre{background:#f4f4f4;padding:.8rem;overflow-x:auto;font-size:14px}code{font-size:14px}"
     "@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#262626}a{color:#8cf}}"
 )

@@ -1,4 +1,4 @@
-"""From checked fields to a plan: every limit that needs the model or the prompt is applied here, once for all endpoints."""
+"""From checked fields to a plan: the limits that need the model or the prompt, applied once for all endpoints."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ def _assembler_maker(services: Services, wish: Wish) -> Callable[[], OutputAssem
 def _min_tokens_per_piece(services: Services, wishes: Sequence[Wish], options: Options) -> int:
     """How many tokens to gather before looking at them: all, when nobody can see or stop them earlier."""
     if options.streams:
-        return services.args.stream_interval
+        return int(services.args.stream_interval)
     return 1 if options.watches_text or any(wish.fields.stop for wish in wishes) else 2**31

@@ -78,7 +78,7 @@ class CompletionRequest(_OpenAIRequest, kw_only=True, frozen=True):
 
 
 class ContentPart(_Strict, kw_only=True, frozen=True):
-    """A piece of a message. Only ``text`` is served; the other fields are known so that the refusal can name the type."""
+    """A piece of a message. Only ``text`` is served; the rest is known so that the refusal can name the type."""
 
     type: str
     text: str | None = None
