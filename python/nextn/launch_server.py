@@ -154,7 +154,7 @@ def _serve(
 
     async def run() -> tuple[str | None, bool]:
         metrics = Metrics()
-        client = EngineClient(ServerEnd(socket_dir), metrics)
+        client = EngineClient(ServerEnd(socket_dir), metrics, args.max_running_requests + args.max_queued_requests)
         services = Services(
             args=args,
             model_path=model_path,

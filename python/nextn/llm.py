@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nextn import demo
+from nextn.checkpoint.hub import resolve_model
 from nextn.config.server_args import ServerArgs
 from nextn.errors import RequestError
 from nextn.execution.engine import Engine
@@ -92,10 +93,9 @@ class LLM:
 
     def __init__(self, model_path: str | None = None, **options: Any) -> None:
         args = ServerArgs(model_path=model_path, **options)
-        path = model_path if model_path is not None else str(demo.checkpoint_dir())
-        config = args.engine_config(path)
+        config = args.engine_config(str(demo.checkpoint_dir() if model_path is None else resolve_model(model_path)))
         self.engine = Engine(config)
-        self.tokenizer = Tokenizer.from_pretrained(args.tokenizer_path or config.model_path)
+        self.tokenizer = Tokenizer(args.tokenizer_path or config.model_path, args.chat_template)
         self._seeds = random.Random(args.random_seed)
         self._rids = itertools.count()
 
@@ -190,7 +190,7 @@ class _Pending:
         if self._logprobs is not None and output.logprobs is not None:
             self._logprobs += output.logprobs[:used]
         if delta.stopped:
-            self._stop_string = delta.stop_string
+            self._stop_string = delta.stop
         return delta.stopped and output.finish_reason is None
 
     def result(self) -> GenerationOutput:

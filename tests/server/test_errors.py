@@ -139,7 +139,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"chat_template_kwargs": {"evil": 1}}, "chat_template_kwargs.evil"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": "yes"}}, "chat_template_kwargs.enable_thinking"),
     (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+    (CHAT, {"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
     (CHAT, {"audio": {}}, "audio"),
     (CHAT, {"functions": []}, "functions"),
     (CHAT, {"echo": True}, "echo"),
@@ -337,3 +337,10 @@ def test_two_running_requests_may_not_share_a_rid(make_app: AppFactory) -> None:
         check_error(app.http.post(GENERATE, json={"text": "x", "rid": "r"}), 400, "rid")
     app.wait_until_idle()
     assert app.http.post(GENERATE, json={"text": "x", "rid": "r"}).status_code == 200
+
+
+def test_more_requests_than_can_run_and_wait_are_a_429_without_asking_the_engine(make_app: AppFactory) -> None:
+    app = make_app("--max-running-requests", "2", "--max-queued-requests", "1")
+    check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 4}), 429, None, "queue_full")
+    assert app.added == []
+    assert app.http.post(COMPLETIONS, json={"prompt": "x", "n": 3}).status_code == 200

@@ -1,5 +1,112 @@
+"""``/v1/chat/completions``: OpenAI's chat, with reasoning and tool calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nextn.server.answers import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChunkChoice, Usage, usage_of
+from nextn.server.chat_request import check_supported, plan_chat
+from nextn.server.chat_text import ChatWriter, Collector, chat_features
+from nextn.server.decoding import decode, read_body
+from nextn.server.generating import Choice, Plan, generate
+from nextn.server.openapi import documented
+from nextn.server.requests import ChatRequest
+from nextn.server.responses import EventStream, JsonReply, sse
+from nextn.server.services import Services
+
+_DECODER = msgspec.json.Decoder(ChatRequest)
 
 
-def router(services):
-    return APIRouter()
+def router(services: Services) -> APIRouter:
+    """The chat endpoint."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", **documented(ChatRequest, 404, 429))
+    async def post_chat(request: Request) -> Response:
+        asked = decode(await read_body(request, services.args.max_body_bytes), _DECODER)
+        services.check_model(asked.model)
+        check_supported(asked)
+        services.engine.require_ready()
+        features = chat_features(services, asked)
+        plan = await plan_chat(services, asked, features.tools)
+        writers = [ChatWriter(services, asked, features) for _ in range(plan.n)]
+        if asked.stream:
+            return EventStream(_stream(services, asked, plan, writers), services.metrics.count_disconnect)
+        return JsonReply(_collect(services, plan, writers), services.metrics.count_disconnect)
+
+    return routes
+
+
+async def _stream(
+    services: Services, asked: ChatRequest, plan: Plan, writers: list[ChatWriter]
+) -> AsyncGenerator[bytes, None]:
+    wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+    created = int(time.time())
+    seen: dict[int, Choice] = {}
+
+    def chunk(choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
+        model = services.served_model_name
+        return sse(
+            msgspec.json.encode(ChatChunk(id=plan.rid, created=created, model=model, choices=choices, usage=usage))
+        )
+
+    no_usage = None if wants_usage else msgspec.UNSET
+    async with aclosing(generate(services, plan)) as steps:
+        async for pieces in steps:
+            events = []
+            for piece in pieces:
+                choice = piece.choice
+                seen[choice.index] = choice
+                if piece.is_first:
+                    opening = ChatDelta(role="assistant", content="")
+                    events.append(chunk([ChunkChoice(index=choice.index, delta=opening)], no_usage))
+                deltas, logprobs = writers[choice.index].write(piece)
+                for delta in deltas:
+                    events.append(chunk([ChunkChoice(index=choice.index, delta=delta, logprobs=logprobs)], no_usage))
+                    logprobs = None
+                if choice.finish_reason is not None:
+                    reason = writers[choice.index].finish_reason(choice)
+                    events.append(
+                        chunk([ChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=reason)], no_usage)
+                    )
+            if events:
+                yield b"".join(events)
+    if wants_usage:
+        yield chunk([], usage_of(seen.values(), plan.n))
+
+
+async def _collect(services: Services, plan: Plan, writers: list[ChatWriter]) -> bytes:
+    collectors = [Collector() for _ in writers]
+    seen: dict[int, Choice] = {}
+    async with aclosing(generate(services, plan)) as steps:
+        async for pieces in steps:
+            for piece in pieces:
+                index = piece.choice.index
+                seen[index] = piece.choice
+                collectors[index].add(*writers[index].write(piece))
+    choices = [
+        ChatChoice(
+            index=index,
+            message=collectors[index].message(),
+            logprobs=collectors[index].logprobs,
+            finish_reason=writers[index].finish_reason(choice),
+            matched_stop=choice.matched,
+        )
+        for index, choice in sorted(seen.items())
+    ]
+    return msgspec.json.encode(
+        ChatCompletion(
+            id=plan.rid,
+            created=int(time.time()),
+            model=services.served_model_name,
+            choices=choices,
+            usage=usage_of(seen.values(), plan.n),
+        )
+    )

@@ -70,10 +70,12 @@ async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, 
     options = asked.chat_template_kwargs
     enable_thinking = None if options is None else options.enable_thinking
     size = sum(len(str(message.get("content") or "")) for message in messages)
-    token_ids = await maybe_in_thread(
-        size, lambda: tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking)
-    )
-    return Prompt(token_ids=token_ids)
+
+    def render() -> Prompt:
+        text = tokenizer.apply_chat_template(messages, tools, enable_thinking=enable_thinking)
+        return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=False), text=text)
+
+    return await maybe_in_thread(size, render)
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from nextn.protocol.messages import (
     StepOutput,
     ToEngine,
 )
-from nextn.server.errors import invalid, unavailable
+from nextn.server.errors import invalid, queue_full, unavailable
 from nextn.server.inbox import Generation
 from nextn.server.metrics import Metrics
 
@@ -65,13 +65,15 @@ class _Running:
 class EngineClient:
     """Owns the server's end of the channel. Lives on one event loop; none of its methods is thread-safe."""
 
-    def __init__(self, end: ServerEnd, metrics: Metrics) -> None:
+    def __init__(self, end: ServerEnd, metrics: Metrics, max_in_flight: int) -> None:
+        """max_in_flight: engine requests that can run and wait together; more are refused without asking the engine."""
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
         self.state = EngineState.LOADING
         self.failure: EngineFailed | None = None
         self._end = end
         self._metrics = metrics
+        self._max_in_flight = max_in_flight
         self._running: dict[str, _Running] = {}
         self._groups: dict[str, Generation] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -129,14 +131,16 @@ class EngineClient:
         """Start the engine requests of one HTTP request; ``rid`` is its own name for an abort.
 
         min_tokens: see ``Generation``
-        Raises ApiError: 503 if the engine takes no requests, 400 if a name is in use.
+        Raises ApiError: 503 if the engine takes no requests, 429 if it has too many, 400 if a name is in use.
         """
         self.require_ready()
+        if len(self._running) + len(requests) > self._max_in_flight:
+            raise queue_full(f"{len(self._running)} requests run or wait already; try again later.")
         for name in (rid, *(request.rid for request in requests)):
             if name in self._groups or name in self._running:
                 raise invalid(f"'rid' {name!r:.200} is in use by a request that still runs.", "rid")
         now = time.monotonic()
-        generation = Generation([request.rid for request in requests], min_tokens, self._release)
+        generation = Generation(rid, [request.rid for request in requests], min_tokens, self._release)
         self._groups[rid] = generation
         for index, request in enumerate(requests):
             self._running[request.rid] = _Running(generation, index, now)
@@ -208,9 +212,8 @@ class EngineClient:
             return
         if abort and self.state is not EngineState.DEAD:
             self._outgoing.put_nowait(Abort(rid))
-        group = running.generation
-        if not any(name in self._running for name in group.rids):
-            self._groups = {name: other for name, other in self._groups.items() if other is not group}
+        if running.generation.has_ended:
+            del self._groups[running.generation.rid]
 
     async def _send_forever(self) -> None:
         while True:

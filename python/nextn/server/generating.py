@@ -29,6 +29,7 @@ class Plan:
 
     prompts, samplings, rids: one per prompt; each prompt has ``n`` choices, prompt after prompt
     make_assembler: the text side of one choice of the i-th prompt; gives None where there is no tokenizer
+    keep_stop_token: the text includes that of the token which ended it
     discard_output: zero new tokens were asked for (prompt logprobs only): one is computed and dropped
     min_tokens_per_piece: gather that many tokens of a choice before looking at them
     """
@@ -39,6 +40,7 @@ class Plan:
     samplings: Sequence[TokenSampling]
     make_assembler: Callable[[int], OutputAssembler | None]
     n: int
+    keep_stop_token: bool
     discard_output: bool
     priority: int
     cache_salt: str
@@ -113,7 +115,7 @@ async def generate(services: Services, plan: Plan) -> AsyncGenerator[list[Piece]
             for index, output in await generation.receive():
                 if output.finish_reason == "error":
                     raise from_output(output)
-                pieces.append(_grow(choices[index], output, plan.discard_output))
+                pieces.append(_grow(choices[index], output, plan))
             _stop_finished(generation, pieces)
             yield pieces
             _stop_finished(generation, pieces)
@@ -127,17 +129,18 @@ def _stop_finished(generation: Generation, pieces: list[Piece]) -> None:
             generation.stop(piece.choice.index)
 
 
-def _grow(choice: Choice, output: RequestOutput, discard: bool) -> Piece:
+def _grow(choice: Choice, output: RequestOutput, plan: Plan) -> Piece:
     """Add an engine output to a choice; a stop string may end it before the output's last token."""
     is_first = not choice.has_begun
-    token_ids = [] if discard else output.token_ids
+    token_ids = [] if plan.discard_output else output.token_ids
     text = ""
-    if discard:
+    if plan.discard_output:
         choice.finish("length")
     else:
         choice.finish(output.finish_reason, output.stop_token_id)
         if choice.assembler is not None:
-            delta = choice.assembler.push(token_ids, output.finish_reason is not None)
+            shown = token_ids if output.stop_token_id is None or plan.keep_stop_token else token_ids[:-1]
+            delta = choice.assembler.push(shown, output.finish_reason is not None)
             text = delta.text
             if delta.stopped:
                 token_ids = token_ids[: delta.num_tokens]

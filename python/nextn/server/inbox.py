@@ -16,12 +16,14 @@ class Generation:
     Outputs of one choice are merged while nobody reads them, so that a slow client costs one pending output per choice
     and never a queue. Each choice yields exactly one output with a ``finish_reason``, and it is that choice's last.
 
+    rid: the name of the whole
     rids: the engine's name of each choice, in order
     min_tokens: wake the reader only when a choice has that many new tokens, has its first, or has ended
     release: called once per choice, when it is over: (rid, abort) with abort true if the engine must still stop it
     """
 
-    def __init__(self, rids: Sequence[str], min_tokens: int, release: Callable[[str, bool], None]) -> None:
+    def __init__(self, rid: str, rids: Sequence[str], min_tokens: int, release: Callable[[str, bool], None]) -> None:
+        self.rid = rid
         self.rids = tuple(rids)
         self._min_tokens = min_tokens
         self._release = release
@@ -30,6 +32,11 @@ class Generation:
         self._pending: dict[int, RequestOutput] = {}
         self._due = False
         self._wakeup: asyncio.Future[None] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """True when every choice has ended, read or not."""
+        return not self._open
 
     @property
     def is_over(self) -> bool:

@@ -77,6 +77,7 @@ def make_plan(services: Services, prompts: Sequence[Prompt], wishes: Sequence[Wi
         make_assembler=lambda i: makers[i](),
         n=options.n,
         discard_output=discards == {True},
+        keep_stop_token=_keeps_stop(wishes[0].fields),
         priority=options.priority or 0,
         cache_salt=options.cache_salt or "",
         num_top_logprobs=options.num_top_logprobs,
@@ -115,9 +116,14 @@ def _assembler_maker(services: Services, wish: Wish) -> Callable[[], OutputAssem
     return lambda: OutputAssembler(
         tokenizer,
         stop=stops,
-        keep_stop=bool(fields.no_stop_trim or fields.include_stop_str_in_output),
+        keep_stop=_keeps_stop(fields),
+        min_new_tokens=wish.min_tokens or 0,
         skip_special_tokens=fields.skip_special_tokens is not False,
     )
+
+
+def _keeps_stop(fields: SamplingFields) -> bool:
+    return bool(fields.no_stop_trim or fields.include_stop_str_in_output)
 
 
 def _min_tokens_per_piece(services: Services, wishes: Sequence[Wish], options: Options) -> int:

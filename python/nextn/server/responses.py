@@ -39,8 +39,11 @@ class JsonReply(Response):
                 response = as_api_error(error).response()
             await response(scope, receive, send)
 
-        if not await _run_while_connected(receive, answer()):
-            self._on_disconnect()
+        try:
+            if not await _run_while_connected(receive, answer()):
+                self._on_disconnect()
+        finally:
+            self._work.close()
 
 
 class EventStream(Response):

@@ -65,7 +65,7 @@ async def serve(app: ASGIApp, client: EngineClient, listener: socket.socket, wat
     client.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        reason = await _supervise(client, stop, watch)
+        reason = await _supervise(client, serving, stop, watch)
         if reason is None:
             await _drain(client, server, hurry, watch.shutdown_timeout)
         client.fail(reason or "the server was shut down", kind="internal" if reason else "unavailable")
@@ -78,8 +78,10 @@ async def serve(app: ASGIApp, client: EngineClient, listener: socket.socket, wat
         await asyncio.wait((serving,), timeout=FLUSH_TIMEOUT)
 
 
-async def _supervise(client: EngineClient, stop: asyncio.Event, watch: Supervision) -> str | None:
-    """Return None when asked to stop, or why the engine can not go on."""
+async def _supervise(
+    client: EngineClient, serving: asyncio.Task[None], stop: asyncio.Event, watch: Supervision
+) -> str | None:
+    """Return None when asked to stop, or why the server cannot go on."""
     loop = asyncio.get_running_loop()
     started_at = loop.time()
     announced = False
@@ -89,6 +91,8 @@ async def _supervise(client: EngineClient, stop: asyncio.Event, watch: Supervisi
         if client.ready is not None and not announced:
             watch.announce(client.ready)
             announced = True
+        if serving.done():
+            return f"the HTTP server stopped: {serving.exception() or 'no reason given'}"
         exit_code = watch.engine_exit_code()
         if exit_code is not None:
             await asyncio.sleep(POLL_INTERVAL)  # its last message may still be on the way

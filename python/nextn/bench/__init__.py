@@ -1,0 +1,1 @@
+"""The serving benchmark: a client that imports nothing of the engine and works against any OpenAI-compatible server."""

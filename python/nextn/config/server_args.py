@@ -1,0 +1,183 @@
+"""Everything a user can set: one typed definition for flags, environment variables and a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nextn.config.engine_config import EngineConfig
+from nextn.config.sources import Option, read_sources
+from nextn.errors import ConfigError
+
+NEXTN_ALGORITHMS = ("NEXTN", "EAGLE")
+UNSET = "unset"
+
+
+def _option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    kind: type | None = None,
+) -> Any:
+    """A field that is also a flag. kind: the value's type, where the default is None."""
+    option = Option(group, help, tuple(choices) if choices else None, least, most, kind or type(default))
+    return field(default=default, metadata={"option": option})
+
+
+_MODEL, _SCHEDULE, _SPECULATION = "model", "scheduling and memory", "speculative decoding"
+_HTTP, _LIMITS, _RUNTIME = "HTTP and API", "request limits", "runtime"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """The server's arguments. Constructing one checks how the values fit together, and raises ConfigError."""
+
+    model_path: str | None = _option(
+        None, _MODEL, "folder or hub name of a GLM-4.x MoE checkpoint; default: the embedded model", kind=str
+    )
+    tokenizer_path: str | None = _option(None, _MODEL, "folder with tokenizer.json; default: the model's", kind=str)
+    skip_tokenizer_init: bool = _option(False, _MODEL, "serve token ids in and out only")
+    chat_template: str | None = _option(None, _MODEL, "Jinja file to use instead of the model's template", kind=str)
+    served_model_name: str | None = _option(None, _MODEL, "name in the API; default: the folder's", kind=str)
+    context_length: int | None = _option(None, _MODEL, "most tokens of one request; default: the model's", kind=int, least=2)
+    load_format: str = _option("auto", _MODEL, "dummy: random weights", choices=("auto", "dummy"))
+    dtype: str = _option(
+        "auto",
+        _MODEL,
+        "computing type of what is not quantized; auto is float32 on CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str | None = _option(
+        None, _MODEL, "require this method; default: as detected", choices=("compressed-tensors", "fp8"), kind=str
+    )
+
+    max_running_requests: int = _option(64, _SCHEDULE, "requests computed at once", least=1, most=4096)
+    max_queued_requests: int = _option(1024, _SCHEDULE, "requests that may wait; more get 429", least=1)
+    max_total_tokens: int | None = _option(
+        None, _SCHEDULE, "KV pool size in tokens; default: from free memory", kind=int, least=2
+    )
+    chunked_prefill_size: int = _option(512, _SCHEDULE, "most prompt tokens per step; -1: whole prompts", least=-1)
+    schedule_policy: str = _option("fcfs", _SCHEDULE, "order of waiting requests", choices=("fcfs", "priority"))
+    page_size: int = _option(16, _SCHEDULE, "tokens per KV page", least=1, most=1024)
+    disable_radix_cache: bool = _option(False, _SCHEDULE, "do not reuse the KV of shared prefixes")
+
+    speculative_algorithm: str | None = _option(
+        None,
+        _SPECULATION,
+        "NEXTN drafts with the model's own layer; default: wherever the checkpoint has it",
+        choices=(*NEXTN_ALGORITHMS, "none"),
+        kind=str,
+    )
+    speculative_num_steps: int | None = _option(None, _SPECULATION, "drafts per step; default: 3", kind=int, least=0, most=5)
+    speculative_eagle_topk: int | None = _option(None, _SPECULATION, "branches per draft step; only 1, a chain", kind=int)
+    speculative_num_draft_tokens: int | None = _option(
+        None, _SPECULATION, "tokens verified per step; always the steps + 1", kind=int
+    )
+    speculative_draft_model_path: str | None = _option(
+        None, _SPECULATION, "take the NextN layer from another checkpoint", kind=str
+    )
+    speculative_draft_model_quantization: str | None = _option(
+        None,
+        _SPECULATION,
+        "unset keeps what is detected; unquant dequantizes on load",
+        choices=(UNSET, "unquant", "compressed-tensors", "fp8"),
+        kind=str,
+    )
+
+    host: str = _option("127.0.0.1", _HTTP, "address to listen on")
+    port: int = _option(30000, _HTTP, "port to listen on; 0 picks a free one", least=0, most=65535)
+    api_key: str | None = _option(None, _HTTP, "key that requests must carry", kind=str)
+    admin_api_key: str | None = _option(None, _HTTP, "key for /flush_cache and /abort_request", kind=str)
+    enable_metrics: bool = _option(True, _HTTP, "serve Prometheus metrics at /metrics")
+    stream_interval: int = _option(1, _HTTP, "tokens gathered before a chunk is sent", least=1)
+    tool_call_parser: str | None = _option(None, _HTTP, "format of tool calls", choices=("glm45", "glm47"), kind=str)
+    reasoning_parser: str | None = _option(None, _HTTP, "separate <think> text", choices=("glm45",), kind=str)
+
+    max_body_bytes: int = _option(16 * 2**20, _LIMITS, "largest request body", least=1024)
+    max_choices: int = _option(64, _LIMITS, "largest n", least=1)
+    max_stop_sequences: int = _option(16, _LIMITS, "most stop strings of a request", least=1)
+
+    log_level: str = _option("info", _RUNTIME, "how much to log", choices=("debug", "info", "warning", "error"))
+    random_seed: int = _option(0, _RUNTIME, "seeds requests that bring no seed, and dummy weights", least=0)
+    num_threads: int | None = _option(
+        None, _RUNTIME, "CPU threads of the engine; default: by model size", kind=int, least=1, most=1024
+    )
+    startup_timeout: float = _option(1800.0, _RUNTIME, "seconds that loading may take", least=1)
+    watchdog_timeout: float = _option(300.0, _RUNTIME, "seconds a step may take before the server gives up", least=1)
+    shutdown_timeout: float = _option(10.0, _RUNTIME, "seconds that running requests get to finish at the end", least=0)
+
+    def __post_init__(self) -> None:
+        if self.chunked_prefill_size == 0:
+            raise ConfigError("--chunked-prefill-size: found 0, expected at least 1, or -1 for whole prompts")
+        if self.speculative_eagle_topk not in (None, 1):
+            raise ConfigError(
+                f"--speculative-eagle-topk: found {self.speculative_eagle_topk}, expected 1: the NextN layer drafts a "
+                "chain, not a tree"
+            )
+        steps, tokens = self.speculative_num_steps, self.speculative_num_draft_tokens
+        if tokens is not None and tokens != (3 if steps is None else steps) + 1:
+            raise ConfigError(
+                f"--speculative-num-draft-tokens: found {tokens}, expected {(3 if steps is None else steps) + 1}: the "
+                "drafts of all steps and the token before them"
+            )
+        if self.speculative_algorithm == "none" and steps:
+            raise ConfigError(
+                f"--speculative-num-steps: found {steps} together with --speculative-algorithm none; leave one away"
+            )
+        if self.skip_tokenizer_init and (self.tool_call_parser or self.reasoning_parser or self.chat_template):
+            raise ConfigError("--skip-tokenizer-init: leaves no text for a parser or a chat template; leave one away")
+
+    @classmethod
+    def from_cli(cls, argv: Sequence[str], environ: Mapping[str, str]) -> ServerArgs:
+        """Flags over environment variables (NEXTN_…) over the YAML file of --config over defaults.
+
+        ``--help`` prints and exits. Raises ConfigError naming the flag, variable or key, the value and what is allowed.
+        """
+        return cls(**read_sources("python -m nextn.launch_server", _options(), argv, environ))
+
+    def engine_config(self, model_path: str) -> EngineConfig:
+        """The engine's part. ``model_path``: the resolved folder."""
+        algorithm = (self.speculative_algorithm or "").upper()
+        num_draft_steps = 0 if algorithm == "NONE" else self.speculative_num_steps
+        if algorithm in NEXTN_ALGORITHMS and num_draft_steps is None:
+            num_draft_steps = 3
+        override = self.speculative_draft_model_quantization
+        return EngineConfig(
+            model_path=model_path,
+            draft_model_path=self.speculative_draft_model_path,
+            load_format=_literal(self.load_format),
+            dtype=_literal(self.dtype),
+            quantization=self.quantization,
+            draft_quantization=None if override == UNSET else override,
+            context_length=self.context_length,
+            max_running_requests=self.max_running_requests,
+            max_queued_requests=self.max_queued_requests,
+            max_total_tokens=self.max_total_tokens,
+            chunked_prefill_size=self.chunked_prefill_size,
+            schedule_policy=_literal(self.schedule_policy),
+            page_size=self.page_size,
+            enable_prefix_cache=not self.disable_radix_cache,
+            num_draft_steps=num_draft_steps,
+            random_seed=self.random_seed,
+        )
+
+    def redacted(self) -> dict[str, Any]:
+        """All values, the keys hidden; for /get_server_info."""
+        hidden = {name: "***" for name in ("api_key", "admin_api_key") if getattr(self, name) is not None}
+        return {**asdict(self), **hidden}
+
+
+def _options() -> dict[str, tuple[Option, Any]]:
+    """Field name → option and default."""
+    return {f.name: (f.metadata["option"], f.default) for f in fields(ServerArgs)}
+
+
+def _literal(value: str) -> Any:
+    """A string whose choices were checked when it was read."""
+    return value
+

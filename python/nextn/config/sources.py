@@ -1,0 +1,163 @@
+"""Reading options from flags, environment variables and a YAML file, with errors that name where a value came from."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nextn.errors import ConfigError
+
+ENV_PREFIX = "NEXTN_"
+CONFIG_FLAG = "--config"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting. least, most: bounds of a number, both included."""
+
+    group: str
+    help: str
+    choices: tuple[str, ...] | None
+    least: float | None
+    most: float | None
+    kind: type
+
+    def parse(self, value: Any, place: str) -> Any:
+        """Check a value from any source; text is converted.
+
+        place: the flag, variable or key, for the message
+        Raises ConfigError.
+        """
+        if self.choices is not None:
+            for choice in self.choices:
+                if str(value).lower() == choice.lower():
+                    return choice
+            raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(self.choices)}")
+        if self.kind is bool:
+            known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            if str(value).lower() not in known:
+                raise ConfigError(f"{place}: found {value!r}, expected true or false")
+            return known[str(value).lower()]
+        if self.kind is str:
+            return str(value)
+        return self._number(value, place)
+
+    def _number(self, value: Any, place: str) -> int | float:
+        wanted = "a whole number" if self.kind is int else "a number"
+        bounds = [f"at least {self.least:g}"] if self.least is not None else []
+        bounds += [f"at most {self.most:g}"] if self.most is not None else []
+        expected = " ".join([wanted, *[" and ".join(bounds)]]).strip()
+        try:
+            number: int | float = self.kind(value if isinstance(value, str) else repr(value))
+        except ValueError:
+            raise ConfigError(f"{place}: found {value!r}, expected {expected}") from None
+        too_small = self.least is not None and not number >= self.least
+        too_large = self.most is not None and not number <= self.most
+        if too_small or too_large:
+            raise ConfigError(f"{place}: found {value!r}, expected {expected}")
+        return number
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}; --help lists all flags")
+
+
+def read_sources(
+    program: str, options: Mapping[str, tuple[Option, Any]], argv: Sequence[str], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """The values that any source gives, by field name; a flag beats a variable beats the YAML file.
+
+    options: field name → option and default
+    Raises ConfigError for unknown names and for values that are not allowed.
+    """
+    parser = _make_parser(program, options)
+    given = vars(parser.parse_args(_known_flags(argv, options)))
+    config_file = given.pop("config", None) or environ.get(f"{ENV_PREFIX}CONFIG")
+    values = _from_yaml(config_file, options) if config_file else {}
+    values |= _from_environment(environ, options)
+    for name, value in given.items():
+        values[name] = options[name][0].parse(value, flag_of(name))
+    return values
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _make_parser(program: str, options: Mapping[str, tuple[Option, Any]]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
+        epilog=f"Every flag is also an environment variable ({ENV_PREFIX}PORT=30000) and a key of the YAML file (port: "
+        "30000). A flag beats a variable, a variable beats the file.",
+    )
+    parser.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file with any of these settings")
+    groups = {option.group: parser.add_argument_group(option.group) for option, _ in options.values()}
+    for name, (option, default) in options.items():
+        group = groups[option.group]
+        if option.kind is bool:
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            group.add_argument(flag_of(name), dest=name, action=action, help=f"{option.help} (default: {_shown(default)})")
+            continue
+        shown = "" if default is None else f" (default: {_shown(default)})"
+        metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.__name__.upper()
+        group.add_argument(flag_of(name), dest=name, metavar=metavar, help=(option.help + shown).replace("%", "%%"))
+    return parser
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _known_flags(argv: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """argv as it is; an unknown flag is named together with the flags that look like it."""
+    known = {flag_of(name) for name in options} | {CONFIG_FLAG, "--help", "-h", "--no-enable-metrics"}
+    for word in argv:
+        flag = word.split("=", 1)[0]
+        if flag.startswith("--") and flag not in known:
+            raise ConfigError(f"{flag}: there is no such flag{_near(flag, known)}")
+    return list(argv)
+
+
+def _from_yaml(file: str, options: Mapping[str, tuple[Option, Any]]) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{CONFIG_FLAG} {file}: cannot be read: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{CONFIG_FLAG} {file}: found {type(loaded).__name__}, expected keys and values")
+    values = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in options:
+            raise ConfigError(f"{file}: {key}: there is no such setting{_near(name, options)}")
+        if value is not None:
+            values[name] = options[name][0].parse(value, f"{file}: {key}")
+    return values
+
+
+def _from_environment(environ: Mapping[str, str], options: Mapping[str, tuple[Option, Any]]) -> dict[str, Any]:
+    values = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == f"{ENV_PREFIX}CONFIG":
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in options:
+            known = [ENV_PREFIX + known.upper() for known in options]
+            raise ConfigError(f"{variable}: there is no such setting{_near(variable, known)}")
+        values[name] = options[name][0].parse(value, variable)
+    return values
+
+
+def _near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

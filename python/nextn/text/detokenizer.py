@@ -1,0 +1,37 @@
+"""Token ids to text, piece by piece, without ever showing half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+
+from nextn.text.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Incremental decoding of one output. Concatenated, the pieces are what decoding all tokens at once gives."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._held_back: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete now; empty while a character is not."""
+        self._held_back.append(token_id)
+        piece: str | None = self._stream.step(self._tokenizer.backend, token_id)
+        if piece is None:
+            return ""
+        self._held_back = []
+        return piece
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join(self.push(token_id) for token_id in token_ids)
+
+    def flush(self) -> str:
+        """What was held back when the output ends in the middle of a character."""
+        rest = self._tokenizer.decode(self._held_back, self._skip_special_tokens) if self._held_back else ""
+        self._held_back = []
+        return rest

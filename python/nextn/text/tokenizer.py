@@ -1,0 +1,117 @@
+"""The checkpoint's tokenizer and chat template, through transformers (its tokenizers import no torch)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as BackendTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from nextn.errors import CheckpointError, ConfigError, RequestError
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    folder: holds tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any
+    chat_template: a Jinja file to use instead of the checkpoint's
+    Raises CheckpointError or ConfigError if a file is missing or cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, chat_template: str | Path | None = None) -> None:
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder}: has no tokenizer.json; give --tokenizer-path a folder that has one, or pass "
+                "--skip-tokenizer-init to serve token ids only"
+            )
+        try:
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the library raises bare Exception for a malformed tokenizer.json
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if chat_template is not None:
+            try:
+                self._tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"--chat-template {chat_template}: cannot be read: {error}") from None
+
+    @property
+    def backend(self) -> BackendTokenizer:
+        """The tokenizers library's own object."""
+        return self._tokenizer.backend_tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self.backend.get_vocab_size()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written out in it are recognised."""
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text; a part of a character shows as U+FFFD."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Render a conversation in OpenAI's form as the model's prompt.
+
+        kwargs: further template variables, such as enable_thinking
+        Raises RequestError if there is no template, or it refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise RequestError("the model has no chat template; use /v1/completions, or pass --chat-template", "messages")
+        variables = {name: value for name, value in kwargs.items() if value is not None}
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [_with_parsed_arguments(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise RequestError(f"the chat template refuses these messages: {error}", "messages") from None
+        return str(rendered)
+
+
+def _with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI sends the arguments of past tool calls as a JSON string; templates want a mapping.
+
+    Raises RequestError if the string is not a JSON object.
+    """
+    parsed = dict(message)
+    if not message.get("tool_calls"):
+        return parsed
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                arguments = None
+        if not isinstance(arguments, dict):
+            found = function.get("arguments")
+            raise RequestError(f"tool_calls: arguments: found {found!r}, expected a JSON object", "messages")
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    parsed["tool_calls"] = calls
+    return parsed
