@@ -100,7 +100,7 @@ def resolve_model(model_path: str | None) -> str:
 def _spawn(entry: EngineEntry, args: ServerArgs, model_path: str, socket_dir: Path) -> SpawnProcess:
     process = multiprocessing.get_context("spawn").Process(
         target=entry,
-        args=(args.engine_config(model_path), str(socket_dir), os.getpid(), None, args.log_level),
+        args=(args.engine_config(model_path), str(socket_dir), os.getpid(), args.num_threads, args.log_level),
         name="nextn-engine",
         daemon=True,
     )

@@ -13,6 +13,7 @@ from nextn.checkpoint.hub import resolve_model
 from nextn.config.server_args import ServerArgs
 from nextn.errors import RequestError
 from nextn.execution.engine import Engine
+from nextn.execution.threads import set_num_threads
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, TokenLogprobs
 from nextn.protocol.sampling import TokenSampling
 from nextn.text.output import OutputAssembler
@@ -94,6 +95,7 @@ class LLM:
     def __init__(self, model_path: str | None = None, **options: Any) -> None:
         args = ServerArgs(model_path=model_path, **options)
         config = args.engine_config(str(demo.checkpoint_dir() if model_path is None else resolve_model(model_path)))
+        set_num_threads(config.model_path, args.num_threads)
         self.engine = Engine(config)
         self.tokenizer = Tokenizer(args.tokenizer_path or config.model_path, args.chat_template)
         self._seeds = random.Random(args.random_seed)

@@ -248,7 +248,7 @@ class Engine:
             "load_seconds": self.load_seconds,
             "accept_length": stats.accept_length,
             "stats": msgspec.to_builtins(stats),
-            "torch_version": torch.__version__,
+            "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),
         }
 

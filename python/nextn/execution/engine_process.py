@@ -7,11 +7,10 @@ import os
 import signal
 from pathlib import Path
 
-import torch
-
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import NextnError
 from nextn.execution.engine import Engine
+from nextn.execution.threads import set_num_threads
 from nextn.protocol.channel import EngineEnd
 from nextn.protocol.messages import (
     Abort,
@@ -39,10 +38,9 @@ def run_engine(
     """Entry point of the engine process: load, say ready, serve until told to stop or the parent is gone."""
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what ends when
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     end = EngineEnd(Path(socket_dir))
     try:
+        set_num_threads(engine_config.model_path, num_threads)
         engine = Engine(engine_config)
         end.send(
             EngineReady(

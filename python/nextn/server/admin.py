@@ -24,7 +24,6 @@ from nextn.server.requests import AbortRequest
 from nextn.server.services import Services
 
 HEALTH_GENERATE_TIMEOUT = 20.0
-SECRET_ARGUMENTS = frozenset({"api_key", "admin_api_key"})
 _ABORT_DECODER = msgspec.json.Decoder(AbortRequest)
 
 
@@ -166,13 +165,10 @@ def _model_info(services: Services, ready: EngineReady) -> dict[str, Any]:
 
 
 def _server_info(services: Services, info: dict[str, Any]) -> dict[str, Any]:
-    """The arguments (without keys), the engine's own account, and its statistics."""
-    arguments = {
-        name: value for name, value in dataclasses.asdict(services.args).items() if name not in SECRET_ARGUMENTS
-    }
+    """The arguments (keys hidden), the engine's own account, and its statistics."""
     stats = services.engine.stats
     return {
-        **arguments,
+        **services.args.redacted(),
         "version": version(),
         "status": EngineState.READY.value,
         "served_model_name": services.served_model_name,
