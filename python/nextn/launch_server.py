@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,6 +31,8 @@ logger = logging.getLogger("nextn.launch_server")
 
 ENGINE_EXIT_TIMEOUT = 5.0
 """Seconds for the engine process to leave after it was told to, before it is killed."""
+
+SMALL_MODEL_BYTES = 256 * 2**20
 
 EngineEntry = Callable[[EngineConfig, str, int, int | None, str], None]
 
@@ -56,14 +59,14 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
         signal.signal(number, _raise_stopped)
     try:
         with listen(args.host, args.port) as listener:
-            return _run(args, listener, engine_entry or _run_real_engine)
+            return _run(args, listener, engine_entry)
     except NextnError as error:
         return _complain(str(error), 1)
     except Stopped:
         return 0
 
 
-def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry) -> int:
+def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | None) -> int:
     """Start the engine process, serve around it, and leave neither it nor its socket directory behind."""
     from nextn.protocol.channel import private_socket_dir
 
@@ -85,22 +88,21 @@ def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry) -
 
 
 def resolve_model(model_path: str | None) -> str:
-    """A folder: the embedded model for None, the folder itself, or the download of a Hugging Face name."""
+    """A folder on this machine: the embedded model for None, else the folder itself or a download of a hub name."""
     if model_path is None:
         from nextn.demo import checkpoint_dir
 
         return str(checkpoint_dir())
-    if Path(model_path).is_dir():
-        return model_path
-    from nextn.checkpoint.hub import resolve_model as download
+    from nextn.checkpoint.hub import resolve_model as resolve
 
-    return str(download(model_path))
+    return str(resolve(model_path))
 
 
-def _spawn(entry: EngineEntry, args: ServerArgs, model_path: str, socket_dir: Path) -> SpawnProcess:
+def _spawn(entry: EngineEntry | None, args: ServerArgs, model_path: str, socket_dir: Path) -> SpawnProcess:
+    num_threads = _default_num_threads(model_path) if args.num_threads is None else args.num_threads
     process = multiprocessing.get_context("spawn").Process(
-        target=entry,
-        args=(args.engine_config(model_path), str(socket_dir), os.getpid(), args.num_threads, args.log_level),
+        target=_engine_main,
+        args=(entry, args.engine_config(model_path), str(socket_dir), os.getpid(), num_threads, args.log_level),
         name="nextn-engine",
         daemon=True,
     )
@@ -108,15 +110,28 @@ def _spawn(entry: EngineEntry, args: ServerArgs, model_path: str, socket_dir: Pa
     return process
 
 
-def _run_real_engine(
-    engine_config: EngineConfig, socket_dir: str, parent_pid: int, num_threads: int | None, log_level: str
+def _default_num_threads(model_path: str) -> int | None:
+    """One thread for a small model, whose steps are too short to share; None, torch's default, for any other."""
+    num_bytes = sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
+    return 1 if num_bytes < SMALL_MODEL_BYTES else None
+
+
+def _engine_main(
+    entry: EngineEntry | None,
+    engine_config: EngineConfig,
+    socket_dir: str,
+    parent_pid: int,
+    num_threads: int | None,
+    log_level: str,
 ) -> None:
     """The engine process. Signals that reach the whole process group are the server's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from nextn.execution.engine_process import run_engine
+    if entry is None:
+        from nextn.execution.engine_process import run_engine
 
-    run_engine(engine_config, socket_dir, parent_pid, num_threads, log_level)
+        entry = run_engine
+    entry(engine_config, socket_dir, parent_pid, num_threads, log_level)
 
 
 def _serve(
@@ -137,7 +152,7 @@ def _serve(
     from nextn.text.tokenizer import Tokenizer
 
     served_model_name = args.served_model_name or Path(model_path).resolve().name
-    tokenizer = None if args.skip_tokenizer_init else Tokenizer(args.tokenizer_path or model_path)
+    tokenizer = None if args.skip_tokenizer_init else Tokenizer(args.tokenizer_path or model_path, args.chat_template)
     url = _url(args.host, listener.getsockname()[1])
 
     def announce(ready: EngineReady) -> None:
@@ -163,6 +178,7 @@ def _serve(
             metrics=metrics,
             tokenizer=tokenizer,
             defaults=SamplingDefaults.from_checkpoint(model_path),
+            seeds=random.Random(args.random_seed),
         )
         watch = Supervision(
             startup_timeout=args.startup_timeout,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from nextn.config.engine_config import EngineConfig
@@ -13,7 +12,6 @@ def run_fake(
     engine_config: EngineConfig, socket_dir: str, parent_pid: int, num_threads: int | None, log_level: str
 ) -> None:
     """The engine process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from tests.server.fake_engine import run_fake_engine
 
     run_fake_engine(engine_config, socket_dir, parent_pid, num_threads, log_level)

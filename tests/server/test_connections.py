@@ -19,9 +19,9 @@ from tests.server.fake_engine import Behaviour
 LONG = {"sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
 
 
-def open_request(app: App, path: str, body: dict[str, Any]) -> socket.socket:
+def open_connection(base_url: str, path: str, body: dict[str, Any]) -> socket.socket:
     """Send a request over a bare socket, which can be closed at any moment."""
-    url = httpx.URL(app.url)
+    url = httpx.URL(base_url)
     assert url.port is not None
     payload = json.dumps(body).encode()
     connection = socket.create_connection((url.host, url.port), timeout=10)
@@ -41,7 +41,7 @@ def test_a_client_that_leaves_frees_the_engine_within_a_step(make_app: AppFactor
         "/v1/completions": {"prompt": "x", "max_tokens": 400, "n": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 300},
     }
-    connection = open_request(app, path, {**bodies[path], "stream": stream})
+    connection = open_connection(app.url, path, {**bodies[path], "stream": stream})
     wait_until(lambda: app.engine.num_tokens >= 2)
     connection.close()
     left_at = app.engine.num_steps
@@ -54,7 +54,7 @@ def test_a_client_that_leaves_frees_the_engine_within_a_step(make_app: AppFactor
 
 def test_a_client_that_leaves_before_the_first_token_frees_the_engine(make_app: AppFactory) -> None:
     app = make_app(behaviour=Behaviour(hang_after_tokens=0))
-    connection = open_request(app, "/generate", {"text": "x", **LONG})
+    connection = open_connection(app.url, "/generate", {"text": "x", **LONG})
     wait_until(lambda: bool(app.engine.running))
     connection.close()
     app.wait_until_idle()

@@ -251,7 +251,7 @@ def test_unknown_paths_and_methods_answer_in_the_contract_form(app: App) -> None
 
 
 def test_a_body_over_the_limit_is_a_413_before_it_is_read(make_app: AppFactory) -> None:
-    app = make_app("--max-body-bytes", "1000")
+    app = make_app("--max-body-bytes", "1024")
     check_error(app.http.post(COMPLETIONS, content=b"x" * 2000), 413, None, "request_too_large")
     chunked = app.http.post(COMPLETIONS, content=iter([b"x" * 600] * 3))
     check_error(chunked, 413, None, "request_too_large")
@@ -334,9 +334,16 @@ def test_two_running_requests_may_not_share_a_rid(make_app: AppFactory) -> None:
     with app.http.stream("POST", GENERATE, json={"text": "x", "rid": "r", "stream": True}) as first:
         lines = first.iter_lines()
         next(lines)
-        check_error(app.http.post(GENERATE, json={"text": "x", "rid": "r"}), 400, "rid")
+        check_error(
+            app.http.post(GENERATE, json={"text": "x", "rid": "r", "sampling_params": {"max_new_tokens": 4}}),
+            400,
+            "rid",
+        )
     app.wait_until_idle()
-    assert app.http.post(GENERATE, json={"text": "x", "rid": "r"}).status_code == 200
+    assert (
+        app.http.post(GENERATE, json={"text": "x", "rid": "r", "sampling_params": {"max_new_tokens": 4}}).status_code
+        == 200
+    )
 
 
 def test_more_requests_than_can_run_and_wait_are_a_429_without_asking_the_engine(make_app: AppFactory) -> None:

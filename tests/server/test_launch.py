@@ -137,15 +137,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_line(model: tupl
 
 
 def test_a_model_that_does_not_load_in_time_ends_the_server(model: tuple[str, str]) -> None:
-    with launched(*model, "--startup-timeout", "0.5", fake="load_seconds=30") as server:
+    with launched(*model, "--startup-timeout", "1", fake="load_seconds=30") as server:
         assert server.wait() == 1
         assert "--startup-timeout" in server.err[-1]
 
 
 def test_an_engine_that_makes_no_step_ends_the_server(model: tuple[str, str]) -> None:
-    with launched(*model, "--watchdog-timeout", "0.5", fake="step_seconds=0.01,hang_after_tokens=6") as server:
+    with launched(*model, "--watchdog-timeout", "1", fake="step_seconds=0.01,hang_after_tokens=6") as server:
         server.wait_ready()
-        time.sleep(0.8)  # an idle engine says nothing and is fine
+        time.sleep(1.2)  # an idle engine says nothing and is fine
         thread, payloads = stream_in_background(server, 500)
         assert server.wait() == 1
         thread.join(5)

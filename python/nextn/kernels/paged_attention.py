@@ -21,15 +21,17 @@ class QueryGroup:
     """B sequences with n new tokens each.
 
     rows: slice of the batch's tokens if the B · n rows are adjacent, else [B · n] int64 row indices
-    page_table: [B, P] int64; shorter sequences repeat a page, which ``bias`` hides
-    bias: [B, 1, n, P · page_size] float32, 0 where the query may attend and -inf elsewhere
+    pages: [B · P] int64, each sequence's pages in order; shorter sequences repeat a page, which ``bias`` hides
+    keys: the slice of P · page_size keys that anyone may attend to
+    bias: [B, 1, n, len(keys)] float32, 0 where the query may attend and -inf elsewhere; None where all may
     """
 
     rows: slice | torch.Tensor
     num_seqs: int
     num_queries: int
-    page_table: torch.Tensor
-    bias: torch.Tensor
+    pages: torch.Tensor
+    keys: slice
+    bias: torch.Tensor | None
 
 
 def make_query_groups(
@@ -57,18 +59,23 @@ def make_query_groups(
         for i in members:
             used = list(page_tables[i][: -(-(spans[i][0] + length) // page_size)])
             table.append(used + used[-1:] * (num_pages - len(used)))
-        starts = torch.tensor([spans[i][0] for i in members], device=device)
-        last_key = starts[:, None, None] + torch.arange(length, device=device)[:, None]
-        keys = torch.arange(num_pages * page_size, device=device)
-        hidden = keys > last_key
-        if first_key:
-            hidden |= keys < first_key
-        bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))[:, None]
+        starts = [spans[i][0] for i in members]
+        keys = slice(first_key, max(starts) + length)
         rows: slice | torch.Tensor = slice(firsts[members[0]], firsts[members[-1] + 1])
         if members[-1] - members[0] + 1 != len(members):
             rows = torch.tensor([row for i in members for row in range(firsts[i], firsts[i + 1])], device=device)
-        groups.append(QueryGroup(rows, len(members), length, torch.tensor(table, device=device), bias))
+        pages = torch.tensor([page for one in table for page in one], device=device)
+        groups.append(QueryGroup(rows, len(members), length, pages, keys, _causal_bias(starts, length, keys, device)))
     return tuple(groups)
+
+
+def _causal_bias(starts: list[int], length: int, keys: slice, device: torch.device) -> torch.Tensor | None:
+    """[B, 1, n, len(keys)]: hides from the query at start + i every key beyond it."""
+    if length == 1 and min(starts) + 1 == keys.stop:
+        return None
+    last_key = torch.tensor([list(range(start, start + length)) for start in starts], device=device)
+    hidden = torch.arange(keys.start, keys.stop, device=device) > last_key[:, :, None]
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))[:, None]
 
 
 def paged_attention(
@@ -99,24 +106,25 @@ def _attend(
     num_heads, head_dim = q.shape[1], q.shape[2]
     num_kv_heads = k_cache.shape[2]
     num_folded = num_heads // num_kv_heads
-    pages = group.page_table.view(-1)
-    keys = k_cache.index_select(0, pages).view(b, -1, num_kv_heads, head_dim).transpose(1, 2)
-    values = v_cache.index_select(0, pages).view(b, -1, num_kv_heads, head_dim).transpose(1, 2)
-    bias = group.bias if q.dtype == torch.float32 else group.bias.to(q.dtype)
+    shape = (b, -1, num_kv_heads, head_dim)
+    keys = k_cache.index_select(0, group.pages).view(shape)[:, group.keys].transpose(1, 2)
+    values = v_cache.index_select(0, group.pages).view(shape)[:, group.keys].transpose(1, 2)
+    bias = group.bias if group.bias is None or q.dtype == torch.float32 else group.bias.to(q.dtype)
     # [B, n, KVH, G, D] → [B, KVH, G, n, D]: all query heads of a KV head side by side
     queries = q.reshape(b, n, num_kv_heads, num_folded, head_dim).permute(0, 2, 3, 1, 4)
     if n <= MAX_FOLDED_QUERIES:
         folded = queries.reshape(b, num_kv_heads, num_folded * n, head_dim)
-        if n > 1:
+        if bias is not None and n > 1:
             bias = bias.expand(b, num_folded, n, -1).reshape(b, 1, num_folded * n, -1)
         out = F.scaled_dot_product_attention(folded, keys, values, bias, scale=scale)
         out = out.reshape(b, num_kv_heads, num_folded, n, head_dim)
     else:
-        shape = (b * num_kv_heads, num_folded, -1, head_dim)
+        assert bias is not None, "several queries of a sequence see different keys"
+        per_head = (b * num_kv_heads, num_folded, -1, head_dim)
         out = F.scaled_dot_product_attention(
-            queries.reshape(shape),
-            keys.unsqueeze(2).expand(b, num_kv_heads, num_folded, -1, head_dim).reshape(shape),
-            values.unsqueeze(2).expand(b, num_kv_heads, num_folded, -1, head_dim).reshape(shape),
+            queries.reshape(per_head),
+            keys.unsqueeze(2).expand(b, num_kv_heads, num_folded, -1, head_dim).reshape(per_head),
+            values.unsqueeze(2).expand(b, num_kv_heads, num_folded, -1, head_dim).reshape(per_head),
             bias.expand(b, num_kv_heads, n, -1).reshape(b * num_kv_heads, 1, n, -1),
             scale=scale,
         ).reshape(b, num_kv_heads, num_folded, n, head_dim)

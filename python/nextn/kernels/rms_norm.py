@@ -12,9 +12,9 @@ import torch.nn.functional as F
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension.
 
-    x: [..., H]; weight: [H]
+    x: [..., H]; weight: [H], or any shape that broadcasts to x
     Returns [..., H] in x's dtype.
     """
-    if x.dtype == torch.float32:
+    if weight.dim() == 1 and x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return (F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)) * weight
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight

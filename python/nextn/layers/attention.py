@@ -14,7 +14,6 @@ from nextn.kernels.rotary import RotaryTable, apply_rotary
 from nextn.layers.batch import ExtendBatch
 from nextn.layers.kv_cache import KVCache
 from nextn.layers.linear import Linear
-from nextn.layers.norm import RMSNorm
 from nextn.layers.storage import Shard, Slot
 from nextn.quantization.scheme import QuantizationConfig
 
@@ -26,6 +25,28 @@ class Rotation:
         self.cos = table.cos.index_select(0, positions).unsqueeze(1).to(dtype)
         self.sin = table.sin.index_select(0, positions).unsqueeze(1).to(dtype)
         self.partner = table.partner
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of each query and key head, with one weight for all query heads and one for all key heads.
+
+    weight: [2, head_dim], the queries' and the keys'; heads: [num_heads + num_kv_heads] int64, which of the two
+    """
+
+    def __init__(self, config: ModelConfig, prefix: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(2, config.head_dim, dtype=dtype), requires_grad=False)
+        self.heads = torch.tensor([0] * config.num_attention_heads + [1] * config.num_key_value_heads)
+
+    def weight_slots(self) -> Iterator[Slot]:
+        yield f"{self.prefix}.q_norm.weight", self.weight.data[0]
+        yield f"{self.prefix}.k_norm.weight", self.weight.data[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, num_heads + num_kv_heads, head_dim], before rotation. Returns the same shape."""
+        return rms_norm(x, self.weight.index_select(0, self.heads), self.eps)
 
 
 class Attention(nn.Module):
@@ -54,12 +75,10 @@ class Attention(nn.Module):
             dtype=dtype,
         )
         self.o_proj = Linear(q_rows, [Shard(f"{prefix}.o_proj", config.hidden_size)], quant_config, dtype=dtype)
-        eps = config.rms_norm_eps
-        self.q_norm = RMSNorm(self.head_dim, eps, f"{prefix}.q_norm", dtype) if config.use_qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps, f"{prefix}.k_norm", dtype) if config.use_qk_norm else None
+        self.qk_norm = QKNorm(config, prefix, dtype) if config.use_qk_norm else None
 
     def weight_slots(self) -> Iterator[Slot]:
-        for part in (self.qkv_proj, self.o_proj, self.q_norm, self.k_norm):
+        for part in (self.qkv_proj, self.o_proj, self.qk_norm):
             if part is not None:
                 yield from part.weight_slots()
 
@@ -69,10 +88,8 @@ class Attention(nn.Module):
         """x: [T, H], normed. Writes the tokens' KV, attends over all of it. Returns [T, H]."""
         heads = self.qkv_proj.forward(x).view(x.shape[0], -1, self.head_dim)
         rotated = heads[:, : self.num_heads + self.num_kv_heads]
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(heads[:, : self.num_heads], self.q_norm.weight, self.q_norm.eps)
-            k = rms_norm(rotated[:, self.num_heads :], self.k_norm.weight, self.k_norm.eps)
-            rotated = torch.cat([q, k], dim=1)
+        if self.qk_norm is not None:
+            rotated = self.qk_norm.forward(rotated)
         rotated = apply_rotary(rotated, rotation.cos, rotation.sin, rotation.partner)
         k_cache, v_cache = kv_cache.k[self.layer], kv_cache.v[self.layer]
         k_cache.view(-1, self.num_kv_heads, self.head_dim).index_copy_(

@@ -53,7 +53,7 @@ class MoE(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
         )
-        routed = fused_moe(x, ids, weights, self.experts.w13, self.experts.w2)
+        routed = fused_moe(x, ids, weights, *self.experts.views)
         return routed if self.shared_experts is None else routed.add_(self.shared_experts.forward(x))
 
 
@@ -61,6 +61,7 @@ class Experts(nn.Module):
     """The routed experts' weights, stacked. A fused module is quantized as one, so all experts share a scheme.
 
     w13: [E, 2I, H], gate rows first; w2: [E, H, I]
+    views: per expert [H, 2I] and [I, H], views of the two
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Experts(nn.Module):
         self.w2 = _stack(self.w2_shards, inner, self.w2_scheme, dtype)
         self.w13_scales = [make_scales(shards, hidden, self.w13_scheme) for shards in self.w13_shards]
         self.w2_scales = [make_scales(shards, inner, self.w2_scheme) for shards in self.w2_shards]
+        self.views = _transposed_views(self.w13, self.w2)
 
     def weight_slots(self) -> Iterator[Slot]:
         for e, shards in enumerate(self.w13_shards):
@@ -91,6 +93,12 @@ class Experts(nn.Module):
         self.w13_scales = [None] * len(self.w13_shards)
         self.w2 = _expand_stack(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales, self.dtype)
         self.w2_scales = [None] * len(self.w2_shards)
+        self.views = _transposed_views(self.w13, self.w2)
+
+
+def _transposed_views(w13: torch.Tensor, w2: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Each expert's matrices as a product takes them; made once, since making a view costs as much as using it."""
+    return w13.data.transpose(1, 2).unbind(0), w2.data.transpose(1, 2).unbind(0)
 
 
 def _scheme(quant_config: QuantizationConfig | None, shards: list[tuple[Shard, ...]]) -> LinearScheme:
