@@ -50,11 +50,11 @@ class App:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20)
+        return httpx.Client(base_url=self.url, timeout=20, verify=False)  # verify loads certificates, slowly
 
     @property
     def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self.http)
 
     @property
     def added(self) -> list[AddRequest]:
@@ -131,25 +131,44 @@ def run_app(
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def shared_app(model_path: Path, tokenizer: Tokenizer) -> Iterator[App]:
+    """One server for all tests that neither set flags nor break it."""
+    with run_app(model_path, tokenizer, Behaviour(), ()) as running:
+        yield running
+
+
 @pytest.fixture
-def make_app(model_path: Path, tokenizer: Tokenizer) -> Iterator[AppFactory]:
-    """Makes servers: ``make_app(*flags, behaviour=Behaviour(...))``; they end with the test."""
+def app(shared_app: App) -> App:
+    """The shared server, its engine idle, well-behaved and without memory."""
+    shared_app.wait_until_idle()
+    shared_app.engine.reset(Behaviour())
+    return shared_app
+
+
+@pytest.fixture
+def make_app(app: App, model_path: Path, tokenizer: Tokenizer) -> Iterator[AppFactory]:
+    """Gives servers: ``make_app(*flags, behaviour=Behaviour(...))``; new ones end with the test.
+
+    fresh: a server of one's own, for tests that break it or read totals
+    """
     with contextlib.ExitStack() as stack:
 
         def make(
-            *flags: str, behaviour: Behaviour | None = None, with_tokenizer: bool = True, wait: bool = True
+            *flags: str,
+            behaviour: Behaviour | None = None,
+            with_tokenizer: bool = True,
+            wait: bool = True,
+            fresh: bool = False,
         ) -> App:
+            wanted = behaviour or Behaviour()
+            if not flags and with_tokenizer and wait and not fresh:
+                app.engine.reset(wanted)
+                return app
             used = tokenizer if with_tokenizer else None
-            return stack.enter_context(run_app(model_path, used, behaviour or Behaviour(), flags, wait))
+            return stack.enter_context(run_app(model_path, used, wanted, flags, wait))
 
         yield make
-
-
-@pytest.fixture(scope="module")
-def app(model_path: Path, tokenizer: Tokenizer) -> Iterator[App]:
-    """One server for the tests of a module that need nothing special."""
-    with run_app(model_path, tokenizer, Behaviour(), ()) as running:
-        yield running
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:

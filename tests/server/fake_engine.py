@@ -83,6 +83,12 @@ class FakeEngine:
     num_tokens: int = 0
     num_steps: int = 0
 
+    def reset(self, behaviour: Behaviour) -> None:
+        """Behave so from now on, and forget what was."""
+        self.behaviour = behaviour
+        self.log.clear()
+        self.num_tokens = self.num_steps = 0
+
     def run(self) -> None:
         end = EngineEnd(self.directory)
         time.sleep(self.behaviour.load_seconds)

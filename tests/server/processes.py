@@ -40,7 +40,7 @@ class Launched:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30)
+        return httpx.Client(base_url=self.url, timeout=30, verify=False)
 
     def wait_ready(self, timeout: float = 30.0) -> None:
         wait_until(lambda: self.is_ready or self.process.poll() is not None, timeout)
@@ -48,7 +48,8 @@ class Launched:
 
     @property
     def is_ready(self) -> bool:
-        return any("nextn is ready" in line for line in self.out)
+        """True once the whole ready block is there; its last line is the body of the example."""
+        return any(line.startswith("  -d ") for line in self.out)
 
     def signal(self, number: int) -> None:
         """Signal the whole process group, as Ctrl-C in a terminal does."""

@@ -25,10 +25,10 @@ def test_health_generate_makes_the_engine_work(make_app: AppFactory) -> None:
     app = make_app()
     assert app.http.get("/health_generate").status_code == 200
     assert app.engine.num_tokens == 1
-    failing = make_app(behaviour=Behaviour(error_after_tokens=0))
-    check_error(failing.http.get("/health_generate"), 500, None)
-    full = make_app(behaviour=Behaviour(queue_limit=0))
-    check_error(full.http.get("/health_generate"), 429, None)
+    app.engine.reset(Behaviour(error_after_tokens=0))
+    check_error(app.http.get("/health_generate"), 500, None)
+    app.engine.reset(Behaviour(queue_limit=0))
+    check_error(app.http.get("/health_generate"), 429, None)
 
 
 def test_models_lists_the_served_model(app: App) -> None:
@@ -122,7 +122,7 @@ def samples(response: httpx.Response) -> dict[str, float]:
 
 
 def test_metrics_count_what_happened(make_app: AppFactory) -> None:
-    app = make_app()
+    app = make_app(fresh=True)
     for _ in range(3):
         app.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 10})
     found = samples(app.http.get("/metrics"))
@@ -141,6 +141,6 @@ def test_metrics_count_what_happened(make_app: AppFactory) -> None:
 
 
 def test_metrics_of_two_servers_are_apart(make_app: AppFactory) -> None:
-    busy, idle = make_app(), make_app()
+    busy, idle = make_app(), make_app(fresh=True)
     busy.http.post("/v1/completions", json={"prompt": "x"})
     assert samples(idle.http.get("/metrics"))["nextn:e2e_request_latency_seconds_count"] == 0

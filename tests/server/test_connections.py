@@ -35,7 +35,7 @@ def open_connection(base_url: str, path: str, body: dict[str, Any]) -> socket.so
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 def test_a_client_that_leaves_frees_the_engine_within_a_step(make_app: AppFactory, path: str, stream: bool) -> None:
-    app = make_app(behaviour=Behaviour(step_seconds=0.05, tokens_per_step=1))
+    app = make_app(behaviour=Behaviour(step_seconds=0.05, tokens_per_step=1), fresh=True)
     bodies: dict[str, dict[str, Any]] = {
         "/generate": {"text": "x", **LONG},
         "/v1/completions": {"prompt": "x", "max_tokens": 400, "n": 2},
@@ -105,7 +105,7 @@ def test_many_streams_at_once_all_get_their_own_tokens(make_app: AppFactory) -> 
 
 
 def test_a_request_in_flight_when_the_engine_fails_ends_with_an_error(make_app: AppFactory) -> None:
-    app = make_app(behaviour=Behaviour(step_seconds=0.01))
+    app = make_app(behaviour=Behaviour(step_seconds=0.01), fresh=True)
     answers: list[httpx.Response] = []
 
     def ask(stream: bool) -> None:

@@ -32,7 +32,7 @@ def server() -> Iterator[Launched]:
 
 @pytest.fixture
 def client(server: Launched) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=server.http)
 
 
 def test_the_ready_block_has_a_command_that_works(server: Launched) -> None:

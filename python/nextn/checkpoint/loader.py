@@ -16,7 +16,7 @@ from nextn.checkpoint.report import LoadReport, describe
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.errors import CheckpointError, QuantizationError
-from nextn.layers.expand import expand_weights
+from nextn.layers.prepare import prepare_weights
 from nextn.models.glm4_moe import Glm4MoeForCausalLM
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
 from nextn.quantization.detect import detect_quantization
@@ -96,8 +96,7 @@ def load_model(
             _fill(draft, draft_source.index, only_prefix=draft_source.draft_prefix)
     for model in (target, draft):
         if model is not None:
-            expand_weights(model)
-            model.to(device)
+            prepare_weights(model.to(device))
     return LoadedModel(source.config, target, draft, report)
 
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nextn.config.engine_config import EngineConfig
-from nextn.config.sources import Option, read_sources
+from nextn.config.sources import Option, flag_of, read_sources
 from nextn.errors import ConfigError
 
 NEXTN_ALGORITHMS = ("NEXTN", "EAGLE")
+DEFAULT_DRAFT_STEPS = 3
 UNSET = "unset"
 
 
@@ -35,7 +36,11 @@ _HTTP, _LIMITS, _RUNTIME = "HTTP and API", "request limits", "runtime"
 
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs:
-    """The server's arguments. Constructing one checks how the values fit together, and raises ConfigError."""
+    """The server's arguments.
+
+    Constructing one checks every value and how they fit together, and raises ConfigError. Choices are taken in any
+    case and kept in the case that --help shows.
+    """
 
     model_path: str | None = _option(
         None, _MODEL, "folder or hub name of a GLM-4.x MoE checkpoint; default: the embedded model", kind=str
@@ -44,7 +49,9 @@ class ServerArgs:
     skip_tokenizer_init: bool = _option(False, _MODEL, "serve token ids in and out only")
     chat_template: str | None = _option(None, _MODEL, "Jinja file to use instead of the model's template", kind=str)
     served_model_name: str | None = _option(None, _MODEL, "name in the API; default: the folder's", kind=str)
-    context_length: int | None = _option(None, _MODEL, "most tokens of one request; default: the model's", kind=int, least=2)
+    context_length: int | None = _option(
+        None, _MODEL, "most tokens of one request; default: the model's", kind=int, least=2
+    )
     load_format: str = _option("auto", _MODEL, "dummy: random weights", choices=("auto", "dummy"))
     dtype: str = _option(
         "auto",
@@ -73,8 +80,12 @@ class ServerArgs:
         choices=(*NEXTN_ALGORITHMS, "none"),
         kind=str,
     )
-    speculative_num_steps: int | None = _option(None, _SPECULATION, "drafts per step; default: 3", kind=int, least=0, most=5)
-    speculative_eagle_topk: int | None = _option(None, _SPECULATION, "branches per draft step; only 1, a chain", kind=int)
+    speculative_num_steps: int | None = _option(
+        None, _SPECULATION, "drafts per step; default: 3", kind=int, least=0, most=5
+    )
+    speculative_eagle_topk: int | None = _option(
+        None, _SPECULATION, "branches per draft step; only 1, a chain", kind=int
+    )
     speculative_num_draft_tokens: int | None = _option(
         None, _SPECULATION, "tokens verified per step; always the steps + 1", kind=int
     )
@@ -112,6 +123,10 @@ class ServerArgs:
     shutdown_timeout: float = _option(10.0, _RUNTIME, "seconds that running requests get to finish at the end", least=0)
 
     def __post_init__(self) -> None:
+        for name, (option, default) in _options().items():
+            value = getattr(self, name)
+            if value is not None or default is not None:
+                object.__setattr__(self, name, option.parse(value, flag_of(name)))
         if self.chunked_prefill_size == 0:
             raise ConfigError("--chunked-prefill-size: found 0, expected at least 1, or -1 for whole prompts")
         if self.speculative_eagle_topk not in (None, 1):
@@ -119,18 +134,22 @@ class ServerArgs:
                 f"--speculative-eagle-topk: found {self.speculative_eagle_topk}, expected 1: the NextN layer drafts a "
                 "chain, not a tree"
             )
-        steps, tokens = self.speculative_num_steps, self.speculative_num_draft_tokens
-        if tokens is not None and tokens != (3 if steps is None else steps) + 1:
+        self._check_num_draft_tokens()
+        if self.speculative_algorithm == "none" and self.speculative_num_steps:
             raise ConfigError(
-                f"--speculative-num-draft-tokens: found {tokens}, expected {(3 if steps is None else steps) + 1}: the "
-                "drafts of all steps and the token before them"
-            )
-        if self.speculative_algorithm == "none" and steps:
-            raise ConfigError(
-                f"--speculative-num-steps: found {steps} together with --speculative-algorithm none; leave one away"
+                f"--speculative-num-steps: found {self.speculative_num_steps} together with --speculative-algorithm "
+                "none; leave one away"
             )
         if self.skip_tokenizer_init and (self.tool_call_parser or self.reasoning_parser or self.chat_template):
             raise ConfigError("--skip-tokenizer-init: leaves no text for a parser or a chat template; leave one away")
+
+    def _check_num_draft_tokens(self) -> None:
+        steps = DEFAULT_DRAFT_STEPS if self.speculative_num_steps is None else self.speculative_num_steps
+        if self.speculative_num_draft_tokens not in (None, steps + 1):
+            raise ConfigError(
+                f"--speculative-num-draft-tokens: found {self.speculative_num_draft_tokens}, expected {steps + 1}: the "
+                f"drafts of {steps} steps and the token before them"
+            )
 
     @classmethod
     def from_cli(cls, argv: Sequence[str], environ: Mapping[str, str]) -> ServerArgs:
@@ -142,10 +161,9 @@ class ServerArgs:
 
     def engine_config(self, model_path: str) -> EngineConfig:
         """The engine's part. ``model_path``: the resolved folder."""
-        algorithm = (self.speculative_algorithm or "").upper()
-        num_draft_steps = 0 if algorithm == "NONE" else self.speculative_num_steps
-        if algorithm in NEXTN_ALGORITHMS and num_draft_steps is None:
-            num_draft_steps = 3
+        num_draft_steps = 0 if self.speculative_algorithm == "none" else self.speculative_num_steps
+        if self.speculative_algorithm in NEXTN_ALGORITHMS and num_draft_steps is None:
+            num_draft_steps = DEFAULT_DRAFT_STEPS
         override = self.speculative_draft_model_quantization
         return EngineConfig(
             model_path=model_path,
@@ -180,4 +198,3 @@ def _options() -> dict[str, tuple[Option, Any]]:
 def _literal(value: str) -> Any:
     """A string whose choices were checked when it was read."""
     return value
-

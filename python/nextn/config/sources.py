@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from nextn.errors import ConfigError
 
 ENV_PREFIX = "NEXTN_"
 CONFIG_FLAG = "--config"
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,11 @@ class Option:
                     return choice
             raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(self.choices)}")
         if self.kind is bool:
-            known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-            if str(value).lower() not in known:
+            if str(value).lower() not in _BOOLEANS:
                 raise ConfigError(f"{place}: found {value!r}, expected true or false")
-            return known[str(value).lower()]
+            return _BOOLEANS[str(value).lower()]
         if self.kind is str:
-            return str(value)
+            return _text(value, place)
         return self._number(value, place)
 
     def _number(self, value: Any, place: str) -> int | float:
@@ -54,14 +56,23 @@ class Option:
         bounds += [f"at most {self.most:g}"] if self.most is not None else []
         expected = " ".join([wanted, *[" and ".join(bounds)]]).strip()
         try:
-            number: int | float = self.kind(value if isinstance(value, str) else repr(value))
+            number: int | float = self.kind(str(value))
         except ValueError:
             raise ConfigError(f"{place}: found {value!r}, expected {expected}") from None
-        too_small = self.least is not None and not number >= self.least
-        too_large = self.most is not None and not number <= self.most
-        if too_small or too_large:
+        too_small = self.least is not None and number < self.least
+        too_large = self.most is not None and number > self.most
+        if too_small or too_large or not math.isfinite(number):
             raise ConfigError(f"{place}: found {value!r}, expected {expected}")
         return number
+
+
+def _text(value: Any, place: str) -> str:
+    """A string; from YAML also what looks like a number, but nothing whose text YAML has changed."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{place}: found {value!r}, expected text; put it in quotes")
+    return str(value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,6 +105,7 @@ def flag_of(name: str) -> str:
 def _make_parser(program: str, options: Mapping[str, tuple[Option, Any]]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
+        usage="%(prog)s [--FLAG VALUE ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
@@ -105,22 +117,20 @@ def _make_parser(program: str, options: Mapping[str, tuple[Option, Any]]) -> arg
     for name, (option, default) in options.items():
         group = groups[option.group]
         if option.kind is bool:
-            action = argparse.BooleanOptionalAction if default else "store_true"
-            group.add_argument(flag_of(name), dest=name, action=action, help=f"{option.help} (default: {_shown(default)})")
+            text = f"{option.help} (default: {str(default).lower()})"
+            group.add_argument(flag_of(name), dest=name, action=argparse.BooleanOptionalAction, help=text)
             continue
-        shown = "" if default is None else f" (default: {_shown(default)})"
+        shown = "" if default is None else f" (default: {default})"
         metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.__name__.upper()
         group.add_argument(flag_of(name), dest=name, metavar=metavar, help=(option.help + shown).replace("%", "%%"))
     return parser
 
 
-def _shown(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def _known_flags(argv: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+def _known_flags(argv: Sequence[str], options: Mapping[str, tuple[Option, Any]]) -> list[str]:
     """argv as it is; an unknown flag is named together with the flags that look like it."""
-    known = {flag_of(name) for name in options} | {CONFIG_FLAG, "--help", "-h", "--no-enable-metrics"}
+    switches = [name for name, (option, _) in options.items() if option.kind is bool]
+    known = [flag_of(name) for name in options] + [flag_of(f"no_{name}") for name in switches]
+    known += [CONFIG_FLAG, "--help"]
     for word in argv:
         flag = word.split("=", 1)[0]
         if flag.startswith("--") and flag not in known:
@@ -135,20 +145,23 @@ def _from_yaml(file: str, options: Mapping[str, tuple[Option, Any]]) -> dict[str
         raise ConfigError(f"{CONFIG_FLAG} {file}: cannot be read: {error}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{CONFIG_FLAG} {file}: found {type(loaded).__name__}, expected keys and values")
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in options:
             raise ConfigError(f"{file}: {key}: there is no such setting{_near(name, options)}")
+        if name in values:
+            raise ConfigError(f"{file}: {key}: stands there twice, with - and with _; leave one away")
         if value is not None:
             values[name] = options[name][0].parse(value, f"{file}: {key}")
     return values
 
 
 def _from_environment(environ: Mapping[str, str], options: Mapping[str, tuple[Option, Any]]) -> dict[str, Any]:
+    """An empty variable counts as not set: that is how compose files pass on what nobody has set."""
     values = {}
     for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable == f"{ENV_PREFIX}CONFIG":
+        if not variable.startswith(ENV_PREFIX) or variable == f"{ENV_PREFIX}CONFIG" or not value:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in options:
@@ -158,6 +171,6 @@ def _from_environment(environ: Mapping[str, str], options: Mapping[str, tuple[Op
     return values
 
 
-def _near(name: str, known: Any) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""

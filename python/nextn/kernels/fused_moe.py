@@ -29,6 +29,8 @@ def fused_moe(
     Returns [T, H] in x's dtype.
     """
     num_tokens, top_k = expert_ids.shape
+    if num_tokens == 1:
+        return _moe_of_one_token(x, expert_ids[0].tolist(), expert_weights, w13, w2)
     num_pairs = num_tokens * top_k
     ordered, order = expert_ids.view(-1).sort(stable=True)
     experts, sizes = _runs(ordered.tolist())
@@ -43,6 +45,24 @@ def fused_moe(
     # Back to token order, so that a token's sum does not depend on what else is in the batch.
     in_token_order = torch.empty_like(down).index_copy_(0, order, down)
     return torch.bmm(expert_weights[:, None].to(x.dtype), in_token_order.view(num_tokens, top_k, -1))[:, 0]
+
+
+def _moe_of_one_token(
+    x: torch.Tensor,
+    experts: list[int],
+    expert_weights: torch.Tensor,
+    w13: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """fused_moe for T = 1, where nothing needs to be sorted: half of a draft step's launches."""
+    gate_up = x.new_empty(len(experts), w13[0].shape[1])
+    for expert, out in zip(experts, gate_up.split(1), strict=True):
+        torch.mm(x, w13[expert], out=out)
+    activated = (silu_mul(gate_up) * expert_weights.view(-1, 1).to(x.dtype)).split(1)
+    total = torch.mm(activated[0], w2[experts[0]])
+    for expert, source in zip(experts[1:], activated[1:], strict=True):
+        total.addmm_(source, w2[expert])
+    return total
 
 
 def _runs(ordered: list[int]) -> tuple[list[int], list[int]]:

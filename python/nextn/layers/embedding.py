@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nextn.kernels.linear import PackedWeight, linear, pack_weight
 from nextn.layers.storage import Slot
 
 
@@ -34,6 +34,7 @@ class OutputHead(nn.Module):
         super().__init__()
         self.name = name
         self.weight = weight
+        self.packed = PackedWeight(weight.data, None)
 
     @classmethod
     def untied(cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype) -> OutputHead:
@@ -44,6 +45,10 @@ class OutputHead(nn.Module):
         if self.name is not None:
             yield f"{self.name}.weight", self.weight.data
 
+    def prepare(self) -> None:
+        """Once loaded: lay the weight out for the CPU."""
+        self.packed = pack_weight(self.weight.data)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, hidden_size]. Returns logits [R, vocab_size] float32."""
-        return F.linear(hidden, self.weight).float()
+        return linear(hidden, self.packed).float()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nextn.kernels.linear import PackedWeight, linear, pack_weight
 from nextn.layers.storage import Shard, Slot, expand, make_scales, make_weight, weight_slots
 from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
 
@@ -15,7 +15,7 @@ from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
 class Linear(nn.Module):
     """y = x Wᵀ + b. ``shards`` are stacked along the output, so that q, k, v (or gate, up) are one product.
 
-    weight: [Σ rows, in_features]; FP8 codes until ``expand_weights``, where the scheme is quantized
+    weight: [Σ rows, in_features]; FP8 codes until ``prepare``, where the scheme is quantized
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Linear(nn.Module):
         self.scales = make_scales(shards, in_features, self.scheme)
         rows = sum(shard.num_rows for shard in shards)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+        self.packed = PackedWeight(self.weight.data, None)
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from weight_slots(self.shards, self.scheme, self.weight.data, self.scales)
@@ -42,13 +43,14 @@ class Linear(nn.Module):
             parts = self.bias.data.split([shard.num_rows for shard in self.shards])
             yield from ((f"{shard.name}.bias", part) for shard, part in zip(self.shards, parts, strict=True))
 
-    def expand_weights(self) -> None:
-        """Replace FP8 codes and scales by their product in the computing type (the CPU's way)."""
+    def prepare(self) -> None:
+        """Once loaded: replace FP8 codes and scales by their product, and lay the weight out for the CPU."""
         self.weight = nn.Parameter(
             expand(self.shards, self.scheme, self.weight.data, self.scales, self.dtype), requires_grad=False
         )
         self.scales = None
+        self.packed = pack_weight(self.weight.data)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, in_features]. Returns [T, Σ rows]."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.packed, self.bias)

@@ -87,8 +87,8 @@ class Experts(nn.Module):
         for e, down in enumerate(self.w2_shards):
             yield from weight_slots(down, self.w2_scheme, self.w2.data[e], self.w2_scales[e])
 
-    def expand_weights(self) -> None:
-        """Replace FP8 codes and scales by their product in the computing type (the CPU's way)."""
+    def prepare(self) -> None:
+        """Once loaded: replace FP8 codes and scales by their product in the computing type."""
         self.w13 = _expand_stack(self.w13_shards, self.w13_scheme, self.w13, self.w13_scales, self.dtype)
         self.w13_scales = [None] * len(self.w13_shards)
         self.w2 = _expand_stack(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales, self.dtype)

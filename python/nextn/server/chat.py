@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from nextn.server.answers import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChunkChoice, Usage, usage_of
 from nextn.server.chat_request import check_supported, plan_chat
-from nextn.server.chat_text import ChatWriter, Collector, chat_features
+from nextn.server.chat_text import ChatWriter, Collector
 from nextn.server.decoding import decode, read_body
 from nextn.server.generating import Choice, Plan, generate
 from nextn.server.openapi import documented
@@ -34,9 +34,10 @@ def router(services: Services) -> APIRouter:
         services.check_model(asked.model)
         check_supported(asked)
         services.engine.require_ready()
-        features = chat_features(services, asked)
-        plan = await plan_chat(services, asked, features.tools)
-        writers = [ChatWriter(services, asked, features) for _ in range(plan.n)]
+        tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
+        plan = await plan_chat(services, asked, tools)
+        prompt = plan.prompts[0].text or ""
+        writers = [ChatWriter(services, asked, tools, prompt) for _ in range(plan.n)]
         if asked.stream:
             return EventStream(_stream(services, asked, plan, writers), services.metrics.count_disconnect)
         return JsonReply(_collect(services, plan, writers), services.metrics.count_disconnect)

@@ -13,8 +13,7 @@ from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import maybe_in_thread
 from nextn.server.requests import ChatRequest, ContentPart, Message
 from nextn.server.services import Services
-
-MAX_TOOLS = 128
+from nextn.text.tool_validation import validate_tools
 
 
 def check_supported(asked: ChatRequest) -> None:
@@ -35,6 +34,7 @@ def check_supported(asked: ChatRequest) -> None:
             raise invalid(f"'{name}' must be at least 1.", name, "invalid_value")
     check_depth(asked.metadata, "metadata")
     check_depth(asked.tools, "tools")
+    validate_tools(asked.tools or ())
 
 
 async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Plan:

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
 from typing import Any
 
-from nextn.server.answers import ChatDelta, ChatMessage, FunctionAnswer, ToolCallAnswer
+from nextn.server.answers import ChatDelta, ChatMessage, FunctionAnswer, FunctionDelta, ToolCallAnswer, ToolCallDelta
 from nextn.server.generating import Choice, Piece
 from nextn.server.logprobs import chat_logprobs
 from nextn.server.requests import ChatRequest
 from nextn.server.services import Services
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFeatures:
-    """What of the text is set apart.
-
-    tools: those the model is told of; None when there are none or ``tool_choice`` is "none"
-    """
-
-    tools: list[dict[str, Any]] | None
-
-
-def chat_features(services: Services, asked: ChatRequest) -> ChatFeatures:
-    """Check the tools and choose the parsers."""
-    tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
-    return ChatFeatures(tools=tools)
+from nextn.text.message import MessageParser, MessagePart, ReasoningText
+from nextn.text.tool_calls import ContentText
 
 
 class ChatWriter:
-    """Turns the pieces of one choice into deltas."""
+    """Turns the pieces of one choice into deltas.
 
-    def __init__(self, services: Services, asked: ChatRequest, features: ChatFeatures) -> None:
+    tools: those that the model was told of; None leaves what looks like a call in the content
+    prompt: the rendered prompt, whose end tells whether the answer begins inside its reasoning
+    """
+
+    def __init__(self, services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str) -> None:
+        separates = asked.separate_reasoning
+        if separates is None:
+            separates = services.args.reasoning_parser is not None
         self._tokenizer = services.require_tokenizer()
+        self._parser = MessageParser(prompt, separates_reasoning=separates, tools=tools)
         self._num_top = (asked.top_logprobs or 0) if asked.logprobs else None
-        self._parallel = asked.parallel_tool_calls is not False
-        self._num_calls = 0
+        self._ends_after_call = asked.parallel_tool_calls is False
 
     def write(self, piece: Piece) -> tuple[list[ChatDelta], dict[str, Any] | None]:
-        """The deltas of a piece, and the logprobs of its tokens."""
-        deltas = [ChatDelta(content=piece.text)] if piece.text else []
+        """The deltas of a piece, and the logprobs of its tokens.
+
+        Finishes the choice after its first tool call where the client wants no parallel calls.
+        """
+        deltas = []
+        for part in self._parser.push(piece.text, piece.choice.finish_reason is not None):
+            deltas.append(_delta(part))
+            if self._ends_after_call and not isinstance(part, ReasoningText | ContentText) and part.is_last:
+                piece.choice.finish("stop")
+                break
         logprobs = None
         if self._num_top is not None and piece.logprobs:
             logprobs = chat_logprobs(piece.logprobs, self._tokenizer.token_text, self._num_top)
@@ -48,7 +49,23 @@ class ChatWriter:
 
     def finish_reason(self, choice: Choice) -> str | None:
         """OpenAI's word for how the choice ended."""
-        return "tool_calls" if self._num_calls and choice.finish_reason == "stop" else choice.finish_reason
+        has_calls = self._parser.num_calls > 0
+        return "tool_calls" if has_calls and choice.finish_reason == "stop" else choice.finish_reason
+
+
+def _delta(part: MessagePart) -> ChatDelta:
+    """A part of a message in OpenAI's form; a call gets its id together with its name."""
+    if isinstance(part, ReasoningText):
+        return ChatDelta(reasoning_content=part.text)
+    if isinstance(part, ContentText):
+        return ChatDelta(content=part.text)
+    if part.name is None:
+        call = ToolCallDelta(index=part.index, function=FunctionDelta(arguments=part.arguments))
+    else:
+        function = FunctionDelta(name=part.name, arguments="")
+        call_id = f"call_{random.getrandbits(96):024x}"
+        call = ToolCallDelta(index=part.index, function=function, id=call_id, type="function")
+    return ChatDelta(tool_calls=[call])
 
 
 class Collector:

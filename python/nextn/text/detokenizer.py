@@ -10,7 +10,11 @@ from nextn.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Incremental decoding of one output. Concatenated, the pieces are what decoding all tokens at once gives."""
+    """Incremental decoding of one output. Concatenated, the pieces are what decoding all tokens at once gives.
+
+    One exception: in vocabularies with byte fallback, a byte that cannot belong to a character turns whole bytes next
+    to it to U+FFFD when they are decoded at once; characters that were complete before it are kept here.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -21,7 +25,11 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that is complete now; empty while a character is not."""
         self._held_back.append(token_id)
-        piece: str | None = self._stream.step(self._tokenizer.backend, token_id)
+        try:
+            piece: str | None = self._stream.step(self._tokenizer.backend, token_id)
+        except Exception:  # the library's own type: earlier text would change, see above
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            return self.flush()
         if piece is None:
             return ""
         self._held_back = []

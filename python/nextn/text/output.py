@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nextn.text.detokenizer import Detokenizer
+from nextn.text.tags import find_first, num_held_back
 from nextn.text.tokenizer import Tokenizer
 
 
@@ -77,28 +78,14 @@ class OutputAssembler:
             shown.append(piece)
             return None
         self._tail += piece
-        first: tuple[int, str] | None = None
-        for stop in self._stop:
-            at = self._tail.find(stop)
-            if at >= 0 and (first is None or at < first[0]):
-                first = (at, stop)
+        first = find_first(self._tail, self._stop)
         if first is not None:
             at, stop = first
             shown.append(self._tail[: at + len(stop) if self._keep_stop else at])
             self._tail = ""
             self._stopped = True
             return stop
-        keep = self._possible_beginning()
-        shown.append(self._tail[: len(self._tail) - keep])
-        self._tail = self._tail[len(self._tail) - keep :]
+        end = len(self._tail) - num_held_back(self._tail, self._stop)
+        shown.append(self._tail[:end])
+        self._tail = self._tail[end:]
         return None
-
-    def _possible_beginning(self) -> int:
-        """Length of the longest end of the tail that begins a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._tail)), longest, -1):
-                if stop.startswith(self._tail[-length:]):
-                    longest = length
-                    break
-        return longest

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from nextn.errors import CheckpointError, ConfigError, RequestError
+
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -33,16 +46,28 @@ class Tokenizer:
             self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the library raises bare Exception for a malformed tokenizer.json
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        added = self.backend.get_added_tokens_decoder()
+        self._added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
+        self._byte_of_character = _byte_level_alphabet() if _is_byte_level(self.backend) else {}
         if chat_template is not None:
-            try:
-                self._tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"--chat-template {chat_template}: cannot be read: {error}") from None
+            self._override_chat_template(Path(chat_template))
+
+    def _override_chat_template(self, file: Path) -> None:
+        try:
+            self._tokenizer.chat_template = file.read_text(encoding="utf-8")
+            self._tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"--chat-template {file}: line {error.lineno}: {error.message}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {file}: cannot be read: {error}") from None
+        except _TEMPLATE_ERRORS:
+            pass  # a template may refuse this conversation and take the real ones
 
     @property
     def backend(self) -> BackendTokenizer:
         """The tokenizers library's own object."""
-        return self._tokenizer.backend_tokenizer
+        backend: BackendTokenizer = self._tokenizer.backend_tokenizer
+        return backend
 
     @property
     def vocab_size(self) -> int:
@@ -64,6 +89,17 @@ class Tokenizer:
         """One token's text; a part of a character shows as U+FFFD."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's bytes, of parts of characters too; empty for an id that the tokenizer does not know."""
+        token = self.backend.id_to_token(token_id)
+        if token is None or token_id in self._added_tokens:
+            return self._added_tokens.get(token_id, "").encode()
+        if self._byte_of_character and all(character in self._byte_of_character for character in token):
+            return bytes(self._byte_of_character[character] for character in token)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        return self.token_text(token_id).encode()
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -77,7 +113,9 @@ class Tokenizer:
         Raises RequestError if there is no template, or it refuses the conversation.
         """
         if not self.has_chat_template:
-            raise RequestError("the model has no chat template; use /v1/completions, or pass --chat-template", "messages")
+            raise RequestError(
+                "the model has no chat template; use /v1/completions, or pass --chat-template", "messages"
+            )
         variables = {name: value for name, value in kwargs.items() if value is not None}
         try:
             rendered = self._tokenizer.apply_chat_template(
@@ -87,7 +125,7 @@ class Tokenizer:
                 tokenize=False,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise RequestError(f"the chat template refuses these messages: {error}", "messages") from None
         return str(rendered)
 
@@ -102,16 +140,30 @@ def _with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         return parsed
     calls = []
     for call in message["tool_calls"]:
+        if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+            raise RequestError(f"tool_calls: found {call!r:.200}, expected an object with a function", "messages")
         function = dict(call["function"])
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 arguments = None
         if not isinstance(arguments, dict):
             found = function.get("arguments")
-            raise RequestError(f"tool_calls: arguments: found {found!r}, expected a JSON object", "messages")
+            raise RequestError(f"tool_calls: arguments: found {found!r:.200}, expected a JSON object", "messages")
         calls.append({**call, "function": {**function, "arguments": arguments}})
     parsed["tool_calls"] = calls
     return parsed
+
+
+def _is_byte_level(backend: BackendTokenizer) -> bool:
+    """True if the characters of tokens stand for bytes, as in GPT-2's and GLM's vocabularies."""
+    return isinstance(backend.decoder, decoders.ByteLevel)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte (Radford et al., 2019): itself where it is printable, else 256 + n."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
