@@ -57,7 +57,9 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     return {**config, **overrides}
 
 
-def random_state(config: dict[str, Any], seed: int = 0, *, own_head: bool = False, own_embedding: bool = False) -> State:
+def random_state(
+    config: dict[str, Any], seed: int = 0, *, own_head: bool = False, own_embedding: bool = False
+) -> State:
     """float32 tensors under their published names; norms near 1, nothing zero or constant."""
     generator = torch.Generator().manual_seed(seed)
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
@@ -184,7 +186,9 @@ def quantization_config(quant: Quant, config: dict[str, Any], draft: Draft) -> d
             "modules_to_not_convert": excluded,
         }
     ignore = ["lm_head", "model.embed_tokens", f"{last}.eh_proj"]
-    ignore += [f"model.layers.{i}.mlp.gate" for i in range(config["first_k_dense_replace"], config["num_hidden_layers"] + 1)]
+    ignore += [
+        f"model.layers.{i}.mlp.gate" for i in range(config["first_k_dense_replace"], config["num_hidden_layers"] + 1)
+    ]
     if draft == "bf16_regex":
         ignore.append(f"re:model\\.layers\\.{config['num_hidden_layers']}\\..*")
     if draft == "bf16_ignored":

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-
 from nextn.config.engine_config import EngineConfig
 from nextn.execution.engine import Engine
 from nextn.protocol.messages import AddRequest, RequestOutput
 from nextn.protocol.sampling import TokenSampling
+
 from tests.checkpoints import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings

@@ -25,14 +25,13 @@ from nextn.errors import ConfigError, NextnError
 
 if TYPE_CHECKING:
     from nextn.config.server_args import ServerArgs
+    from nextn.protocol.channel import ServerEnd
     from nextn.protocol.messages import EngineReady
 
 logger = logging.getLogger("nextn.launch_server")
 
 ENGINE_EXIT_TIMEOUT = 5.0
 """Seconds for the engine process to leave after it was told to, before it is killed."""
-
-SMALL_MODEL_BYTES = 256 * 2**20
 
 EngineEntry = Callable[[EngineConfig, str, int, int | None, str], None]
 
@@ -68,21 +67,23 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
 
 def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | None) -> int:
     """Start the engine process, serve around it, and leave neither it nor its socket directory behind."""
-    from nextn.protocol.channel import private_socket_dir
+    from nextn.protocol.channel import ServerEnd, private_socket_dir
 
     model_path = resolve_model(args.model_path)
     socket_dir = private_socket_dir()
+    end = ServerEnd(socket_dir)  # bound before the engine starts, so that even its last words arrive
     engine: SpawnProcess | None = None
     grace = 0.0
     try:
         engine = _spawn(engine_entry, args, model_path, socket_dir)
-        reason, is_engine_well = _serve(args, model_path, socket_dir, listener, engine)
+        reason, is_engine_well = _serve(args, model_path, end, listener, engine)
         grace = ENGINE_EXIT_TIMEOUT if is_engine_well else 0.0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         if engine is not None:
             _end(engine, grace)
+        end.close()
         shutil.rmtree(socket_dir, ignore_errors=True)
     return 0 if reason is None else _complain(reason, 1)
 
@@ -99,21 +100,15 @@ def resolve_model(model_path: str | None) -> str:
 
 
 def _spawn(entry: EngineEntry | None, args: ServerArgs, model_path: str, socket_dir: Path) -> SpawnProcess:
-    num_threads = _default_num_threads(model_path) if args.num_threads is None else args.num_threads
     process = multiprocessing.get_context("spawn").Process(
         target=_engine_main,
-        args=(entry, args.engine_config(model_path), str(socket_dir), os.getpid(), num_threads, args.log_level),
+        args=(entry, args.engine_config(model_path), str(socket_dir), os.getpid(), args.num_threads, args.log_level),
         name="nextn-engine",
         daemon=True,
     )
     process.start()
+    logger.info("engine process started pid=%d model=%s", process.pid, model_path)
     return process
-
-
-def _default_num_threads(model_path: str) -> int | None:
-    """One thread for a small model, whose steps are too short to share; None, torch's default, for any other."""
-    num_bytes = sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
-    return 1 if num_bytes < SMALL_MODEL_BYTES else None
 
 
 def _engine_main(
@@ -135,14 +130,13 @@ def _engine_main(
 
 
 def _serve(
-    args: ServerArgs, model_path: str, socket_dir: Path, listener: socket.socket, engine: SpawnProcess
+    args: ServerArgs, model_path: str, end: ServerEnd, listener: socket.socket, engine: SpawnProcess
 ) -> tuple[str | None, bool]:
     """Serve until asked to stop (None) or until the engine fails (the reason); also: does the engine still listen?"""
     import asyncio
 
     import uvloop
 
-    from nextn.protocol.channel import ServerEnd
     from nextn.server.app import create_app
     from nextn.server.engine_client import EngineClient
     from nextn.server.metrics import Metrics
@@ -169,7 +163,7 @@ def _serve(
 
     async def run() -> tuple[str | None, bool]:
         metrics = Metrics()
-        client = EngineClient(ServerEnd(socket_dir), metrics, args.max_running_requests + args.max_queued_requests)
+        client = EngineClient(end, metrics, args.max_running_requests + args.max_queued_requests)
         services = Services(
             args=args,
             model_path=model_path,

@@ -102,7 +102,9 @@ class LLM:
         self._rids = itertools.count()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[GenerationOutput]:
         """Generate for every prompt (text, or token ids), batched by the engine; results are in the prompts' order.
 
@@ -132,7 +134,9 @@ class LLM:
     ) -> GenerationOutput:
         """Render a conversation with the model's chat template and generate the next turn."""
         prompt = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tools=[dict(t) for t in tools] if tools else None, **template_kwargs
+            [dict(message) for message in messages],
+            tools=[dict(t) for t in tools] if tools else None,
+            **template_kwargs,
         )
         return self.generate([self.tokenizer.encode(prompt, add_special_tokens=False)], sampling_params)[0]
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from nextn.protocol.messages import AddRequest
 from scipy import stats
 
-from nextn.protocol.messages import AddRequest
 from tests.conftest import EngineFactory, request, run_all, run_outputs
 
 VOCAB = 24
@@ -36,7 +36,9 @@ def test_greedy_output_does_not_depend_on_drafts_or_batching(
 ) -> None:
     engine = make_engine(num_draft_steps=num_drafts)
     requests = [request(str(i), prompt) for i, prompt in enumerate(prompts(8))]
-    outputs = run_all(engine, requests) if together else {k: v for r in requests for k, v in run_all(engine, [r]).items()}
+    outputs = (
+        run_all(engine, requests) if together else {k: v for r in requests for k, v in run_all(engine, [r]).items()}
+    )
     assert outputs == plain_outputs
     assert (engine.stats().num_verify_passes > 0) == (num_drafts > 0)
 
@@ -244,4 +246,3 @@ def test_output_ends_at_the_context(make_engine: EngineFactory) -> None:
     engine = make_engine(context_length=40)
     (outputs,) = run_outputs(engine, [request("a", [1] * 30, 500)]).values()
     assert (outputs[-1].completion_tokens, outputs[-1].finish_reason) == (10, "length")
-

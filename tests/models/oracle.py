@@ -37,7 +37,9 @@ class NextNReference(nn.Module):
         fused = {
             "mlp.experts.gate_up_proj": torch.stack(
                 [
-                    torch.cat([mine.pop(f"mlp.experts.{e}.gate_proj.weight"), mine.pop(f"mlp.experts.{e}.up_proj.weight")])
+                    torch.cat(
+                        [mine.pop(f"mlp.experts.{e}.gate_proj.weight"), mine.pop(f"mlp.experts.{e}.up_proj.weight")]
+                    )
                     for e in experts
                 ]
             ),

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
+
 from tests.checkpoints import Quant, dequantized, quantized, random_state, tiny_config, write_checkpoint
 from tests.models.oracle import NextNReference, transformers_model
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.kv_pages import KVPages
@@ -44,9 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "a"]),
         prompt_logprobs_start=st.sampled_from([None, None, 0, 3]),
     )
-    def add(
-        self, prompt: list[int], max_new: int, priority: int, salt: str, prompt_logprobs_start: int | None
-    ) -> None:
+    def add(self, prompt: list[int], max_new: int, priority: int, salt: str, prompt_logprobs_start: int | None) -> None:
         self.num_added += 1
         self.scheduler.add(
             AddRequest(

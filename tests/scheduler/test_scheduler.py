@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.kv_pages import KVPages

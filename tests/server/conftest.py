@@ -15,8 +15,6 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from starlette.types import ASGIApp
-
 from nextn.config.server_args import ServerArgs
 from nextn.demo import checkpoint_dir
 from nextn.protocol.channel import ServerEnd, private_socket_dir
@@ -29,6 +27,8 @@ from nextn.server.metrics import Metrics
 from nextn.server.sampling import SamplingDefaults
 from nextn.server.services import Services
 from nextn.text.tokenizer import Tokenizer
+from starlette.types import ASGIApp
+
 from tests.server.fake_engine import Behaviour, FakeEngine, start_in_thread
 
 MODEL = "demo"

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-
 from nextn.protocol.messages import Abort
+
 from tests.server.conftest import App, AppFactory, wait_until
 from tests.server.fake_engine import Behaviour
 

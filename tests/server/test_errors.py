@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-
 from nextn.server.http_protocol import MAX_HEADER_BYTES
+
 from tests.server.conftest import MODEL, App, AppFactory
 from tests.server.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, Behaviour
 

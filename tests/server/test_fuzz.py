@@ -11,10 +11,10 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nextn.text.tokenizer import Tokenizer
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
-from nextn.text.tokenizer import Tokenizer
 from tests.server.conftest import App, run_app
 from tests.server.fake_engine import VOCAB_SIZE, Behaviour
 from tests.server.test_errors import check_error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
 from nextn.kernels.sampling import sample_tokens
 from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
+from scipy import stats
 
 
 def test_greedy_keeps_drafts_up_to_the_first_difference() -> None:
@@ -88,7 +89,7 @@ def test_sampled_sequences_have_the_targets_joint_distribution(num_drafts: int) 
     expected = np.append(exact[likely], exact[~likely].sum()) * num
     assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
     # An unbiased sampler's distance falls as 1 / sqrt(samples): 100-fold from 10 to 100,000.
-    assert all(later < earlier / 1.8 for earlier, later in zip(distances[1:], distances[2:], strict=False))
+    assert all(later < earlier / 1.8 for earlier, later in pairwise(distances[1:]))
     assert distances[-1] < 0.02
 
 

@@ -23,5 +23,5 @@ def cuts() -> st.SearchStrategy[list[int]]:
 def mixes(*words: str) -> st.SearchStrategy[str]:
     """Texts that are full of the given words, of their beginnings, and of other text."""
     beginnings = sorted({word[:n] for word in words for n in range(1, len(word))})
-    parts = st.one_of(st.sampled_from(words), st.sampled_from(beginnings), st.sampled_from("a<>\n \"\\/é日{}"))
+    parts = st.one_of(st.sampled_from(words), st.sampled_from(beginnings), st.sampled_from('a<>\n "\\/é日{}'))
     return st.lists(parts, max_size=24).map("".join)

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from nextn.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
-from nextn.text.tokenizer import Tokenizer
-
 SPECIAL = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-LINES = ("The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs: STOP here.", "日本語")
+LINES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen liquor jugs: STOP here.",
+    "日本語",
+)
 TEMPLATE = """[gMASK]<sop>
 {%- for m in messages -%}
     {%- if m.role == 'forbidden' -%}{{- raise_exception('no such role') -}}{%- endif -%}

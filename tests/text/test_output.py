@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from nextn.text.detokenizer import Detokenizer
 from nextn.text.output import OutputAssembler, TextDelta
 from nextn.text.tokenizer import Tokenizer
+
 from tests.text.chunks import cut, cuts
 
 
@@ -28,6 +27,7 @@ def token_ids(tokenizer: Tokenizer, *texts: str) -> list[int]:
     return [token_id for text in texts for token_id in tokenizer.encode(text)]
 
 
+@settings(deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_join_to_the_text_of_all_tokens(tokenizer: Tokenizer, data: st.DataObject, skip: bool) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=40))
@@ -37,6 +37,7 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizer: Tokenizer, data: st.Da
     assert detokenizer.flush() == ""
 
 
+@settings(deadline=None)
 @given(text=st.text("ab é日🦊", max_size=30).map(str.strip))
 def test_characters_of_several_byte_fallback_tokens_come_whole(fallback_tokenizer: Tokenizer, text: str) -> None:
     detokenizer = Detokenizer(fallback_tokenizer)
@@ -45,6 +46,7 @@ def test_characters_of_several_byte_fallback_tokens_come_whole(fallback_tokenize
     assert "".join(pieces) + detokenizer.flush() == text
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 262), max_size=40))
 def test_no_order_of_byte_fallback_tokens_breaks_the_stream(fallback_tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(fallback_tokenizer)
@@ -53,6 +55,7 @@ def test_no_order_of_byte_fallback_tokens_breaks_the_stream(fallback_tokenizer: 
     assert sum(text.count(letter) for letter in "ab") >= num_letters
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=30))
 def test_no_piece_shows_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     detokenizer = Detokenizer(tokenizer)
@@ -66,6 +69,7 @@ def test_an_output_cut_within_a_character_flushes_what_there_is(tokenizer: Token
     assert OutputAssembler(tokenizer).push(ids, finished=True).text == "a�"
 
 
+@settings(deadline=None)
 @given(
     words=st.lists(st.sampled_from(["a", "ab", "aba", "ST", "STOP", "é", "日本", "🦊", " x"]), max_size=12),
     stop=st.lists(st.sampled_from(["STOP", "ab", "bab", "本 ", "🦊a", "x"]), max_size=3),
@@ -98,7 +102,9 @@ def test_stop_strings_do_not_depend_on_how_tokens_arrive(
 
 def test_a_stop_across_pushes_is_held_back_until_it_is_certain(tokenizer: Tokenizer) -> None:
     assembler = OutputAssembler(tokenizer, stop=["STOP"])
-    assert assembler.push(token_ids(tokenizer, "a ST"), False) == TextDelta("a ", num_tokens=len(tokenizer.encode("a ST")))
+    assert assembler.push(token_ids(tokenizer, "a ST"), False) == TextDelta(
+        "a ", num_tokens=len(tokenizer.encode("a ST"))
+    )
     delta = assembler.push(token_ids(tokenizer, "OP", " more"), False)
     assert (delta.text, delta.stopped, delta.stop) == ("", True, "STOP")
     assert delta.num_tokens == len(tokenizer.encode("OP"))
@@ -131,4 +137,7 @@ def test_special_tokens_show_on_request(tokenizer: Tokenizer) -> None:
 
 def test_a_special_token_can_be_within_a_stop_string(tokenizer: Tokenizer) -> None:
     assembler = OutputAssembler(tokenizer, stop=["x<|user|>"], skip_special_tokens=False)
-    assert assemble(assembler, [[token_id] for token_id in token_ids(tokenizer, "ax<|user|>b")])[:2] == ("a", "x<|user|>")
+    assert assemble(assembler, [[token_id] for token_id in token_ids(tokenizer, "ax<|user|>b")])[:2] == (
+        "a",
+        "x<|user|>",
+    )

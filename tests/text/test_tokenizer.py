@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-
 from nextn.errors import CheckpointError, ConfigError, RequestError
 from nextn.text.tokenizer import Tokenizer
+
 from tests.text.conftest import byte_level, write_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -69,7 +69,9 @@ def test_arguments_of_past_calls_reach_the_template_as_a_mapping(tokenizer: Toke
     assert call["function"] == {"name": "f", "arguments": arguments}, "the caller's message was changed"
 
 
-@pytest.mark.parametrize("call", [{"function": {"name": "f", "arguments": "[1]"}}, {"function": {"arguments": "{"}}, "f"])
+@pytest.mark.parametrize(
+    "call", [{"function": {"name": "f", "arguments": "[1]"}}, {"function": {"arguments": "{"}}, "f"]
+)
 def test_arguments_that_are_no_object_are_the_requests_fault(tokenizer: Tokenizer, call: object) -> None:
     with pytest.raises(RequestError, match="tool_calls") as error:
         tokenizer.apply_chat_template([{"role": "assistant", "tool_calls": [call]}])
@@ -108,6 +110,8 @@ def test_a_template_file_with_an_error_is_refused_at_start(tmp_path: Path, conte
 
 
 def test_unicode_in_tools_is_rendered_as_json(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path, byte_level(), "{% for t in tools %}{{ t | tojson(ensure_ascii=False) }}{% endfor %}")
+    folder = write_tokenizer(
+        tmp_path, byte_level(), "{% for t in tools %}{{ t | tojson(ensure_ascii=False) }}{% endfor %}"
+    )
     tool = {"type": "function", "function": {"name": "wetter", "description": "für 日本"}}
     assert json.loads(Tokenizer(folder).apply_chat_template([USER], tools=[tool])) == tool

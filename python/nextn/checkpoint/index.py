@@ -118,9 +118,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"the header says {length} bytes, the file has {size}")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        found = {
-            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
-        }
+        found = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
         raise CheckpointError(f"{file}: is not a safetensors file ({error}); download it again") from None

@@ -106,14 +106,14 @@ def _build_draft(
     prefix = source.draft_prefix
     if source.config.num_nextn_predict_layers == 0:
         raise CheckpointError(
-            f"{source.folder}: config.json names no NextN layer (num_nextn_predict_layers is 0), but drafting was asked "
-            "for; pass --speculative-algorithm none, or --speculative-draft-model-path with a checkpoint that has one"
+            f"{source.folder}: config.json names no NextN layer (num_nextn_predict_layers is 0), but drafting "
+            "was asked for; pass --speculative-algorithm none, or --speculative-draft-model-path with a checkpoint that has one"
         )
     dtypes = {name: dtype_name for name, dtype_name in source.dtypes.items() if name.startswith(prefix)}
     if source.index is not None and not dtypes:
         raise CheckpointError(
-            f"{source.folder}: config.json names a NextN layer, but no file has a tensor {prefix}*; download the missing "
-            "file (often mtp.safetensors), or pass --speculative-algorithm none"
+            f"{source.folder}: config.json names a NextN layer, but no file has a tensor {prefix}*; download the "
+            "missing file (often mtp.safetensors), or pass --speculative-algorithm none"
         )
     decision = decide_draft_quantization(source.quantization, override, dtypes)
     if decision.warning is not None:
@@ -132,7 +132,9 @@ def _build_draft(
 def _check_method(source: _Source, wanted: str | None) -> None:
     found = source.quantization.method if source.quantization is not None else "unquantized"
     if wanted is not None and wanted != found:
-        raise QuantizationError(f"--quantization {wanted}: the checkpoint is {found}; leave the flag away to use {found}")
+        raise QuantizationError(
+            f"--quantization {wanted}: the checkpoint is {found}; leave the flag away to use {found}"
+        )
 
 
 def _check_fits(target: ModelConfig, draft: ModelConfig) -> None:
@@ -158,8 +160,8 @@ def _fill(model: Model, index: CheckpointIndex, *, skip_prefix: str = "\0", only
     unread = mine - slots.keys() - model.redundant_names()
     if unread:
         raise CheckpointError(
-            f"{index.folder}: {_some(sorted(unread))} in the checkpoint, but nothing in the model takes them; the config "
-            "or the quantization config does not describe this checkpoint"
+            f"{index.folder}: {_some(sorted(unread))} in the checkpoint, but nothing in the model takes them; the "
+            "config or the quantization config does not describe this checkpoint"
         )
     with index.reader() as read:
         for name, view in slots.items():
@@ -170,8 +172,8 @@ def _copy(name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
     is_code = tensor.dtype == torch.float8_e4m3fn
     if is_code != (view.dtype == torch.float8_e4m3fn) or not tensor.dtype.is_floating_point:
         raise CheckpointError(
-            f"{name}: found {tensor.dtype}, expected {view.dtype}; FP8 codes without their scale are not numbers, so the "
-            "quantization config must name this module as it is stored"
+            f"{name}: found {tensor.dtype}, expected {view.dtype}; FP8 codes without their scale are not numbers, so "
+            "the quantization config must name this module as it is stored"
         )
     is_scale = name.endswith(("_scale", "_scale_inv"))
     if is_scale and tensor.numel() == view.numel() == 1:
@@ -179,13 +181,19 @@ def _copy(name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
     if is_scale and view.dim() == 2 and view.shape[1] == 1 and tensor.shape == view.shape[:1]:
         tensor = tensor[:, None]
     if tensor.shape != view.shape:
-        raise CheckpointError(f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(view.shape)} from config.json")
+        raise CheckpointError(
+            f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(view.shape)} from config.json"
+        )
     if is_scale and not bool((torch.isfinite(tensor.float()) & (tensor.float() > 0)).all()):
-        raise CheckpointError(f"{name}: holds a scale that is zero, negative, infinite or NaN; quantize the checkpoint again")
+        raise CheckpointError(
+            f"{name}: holds a scale that is zero, negative, infinite or NaN; quantize the checkpoint again"
+        )
     view.copy_(tensor)
 
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     shown = ", ".join(listed[:3])
-    return f"{shown} is" if len(listed) == 1 else f"{shown}{', …' if len(listed) > 3 else ''} ({len(listed)} tensors) are"
+    return (
+        f"{shown} is" if len(listed) == 1 else f"{shown}{', …' if len(listed) > 3 else ''} ({len(listed)} tensors) are"
+    )

@@ -1,4 +1,4 @@
-"""What the engine needs to know, frozen: the part of the server's arguments that concerns the model and the schedule."""
+"""What the engine needs to know: the part of the server's arguments that concerns the model and the schedule."""
 
 from __future__ import annotations
 

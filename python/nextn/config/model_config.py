@@ -129,7 +129,9 @@ class _Reader:
 
     def check_supported(self) -> None:
         architectures = self._raw.get("architectures") or []
-        if self._raw.get("model_type", MODEL_TYPE) != MODEL_TYPE or (architectures and ARCHITECTURE not in architectures):
+        if self._raw.get("model_type", MODEL_TYPE) != MODEL_TYPE or (
+            architectures and ARCHITECTURE not in architectures
+        ):
             found = ", ".join(map(str, architectures)) or self._raw.get("model_type")
             raise ConfigError(
                 f"{self._where}: architecture {found} is not supported; expected {ARCHITECTURE} (GLM-4.5, 4.6, 4.7)"
@@ -222,7 +224,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a folder that holds a checkpoint in Hugging Face layout") from None
+        raise ConfigError(
+            f"{path} does not exist; give a folder that holds a checkpoint in Hugging Face layout"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):

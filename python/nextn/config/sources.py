@@ -143,6 +143,8 @@ def _from_yaml(file: str, options: Mapping[str, tuple[Option, Any]]) -> dict[str
         loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{CONFIG_FLAG} {file}: cannot be read: {error}") from None
+    if loaded is None:
+        return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{CONFIG_FLAG} {file}: found {type(loaded).__name__}, expected keys and values")
     values: dict[str, Any] = {}

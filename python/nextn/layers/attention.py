@@ -82,9 +82,7 @@ class Attention(nn.Module):
             if part is not None:
                 yield from part.weight_slots()
 
-    def forward(
-        self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
         """x: [T, H], normed. Writes the tokens' KV, attends over all of it. Returns [T, H]."""
         heads = self.qkv_proj.forward(x).view(x.shape[0], -1, self.head_dim)
         rotated = heads[:, : self.num_heads + self.num_kv_heads]

@@ -31,7 +31,9 @@ class MLP(nn.Module):
             quant_config,
             dtype=dtype,
         )
-        self.down_proj = Linear(intermediate_size, [Shard(f"{prefix}.down_proj", hidden_size)], quant_config, dtype=dtype)
+        self.down_proj = Linear(
+            intermediate_size, [Shard(f"{prefix}.down_proj", hidden_size)], quant_config, dtype=dtype
+        )
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.gate_up_proj.weight_slots()

@@ -30,7 +30,9 @@ class MoE(nn.Module):
         self.experts = Experts(config, quant_config, f"{prefix}.experts", dtype)
         shared_size = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = (
-            MLP(config.hidden_size, shared_size, quant_config, f"{prefix}.shared_experts", dtype) if shared_size else None
+            MLP(config.hidden_size, shared_size, quant_config, f"{prefix}.shared_experts", dtype)
+            if shared_size
+            else None
         )
 
     def weight_slots(self) -> Iterator[Slot]:
@@ -57,6 +59,10 @@ class MoE(nn.Module):
         return routed if self.shared_experts is None else routed.add_(self.shared_experts.forward(x))
 
 
+ExpertShards = list[tuple[Shard, ...]]
+"""Per expert, the checkpoint modules of one of its matrices."""
+
+
 class Experts(nn.Module):
     """The routed experts' weights, stacked. A fused module is quantized as one, so all experts share a scheme.
 
@@ -71,8 +77,10 @@ class Experts(nn.Module):
         self.dtype = dtype
         num_experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         names = [f"{prefix}.{e}" for e in range(num_experts)]
-        self.w13_shards = [(Shard(f"{name}.gate_proj", inner), Shard(f"{name}.up_proj", inner)) for name in names]
-        self.w2_shards = [(Shard(f"{name}.down_proj", hidden),) for name in names]
+        self.w13_shards: ExpertShards = [
+            (Shard(f"{name}.gate_proj", inner), Shard(f"{name}.up_proj", inner)) for name in names
+        ]
+        self.w2_shards: ExpertShards = [(Shard(f"{name}.down_proj", hidden),) for name in names]
         self.w13_scheme = _scheme(quant_config, self.w13_shards)
         self.w2_scheme = _scheme(quant_config, self.w2_shards)
         self.w13 = _stack(self.w13_shards, hidden, self.w13_scheme, dtype)
@@ -101,19 +109,17 @@ def _transposed_views(w13: torch.Tensor, w2: torch.Tensor) -> tuple[tuple[torch.
     return w13.data.transpose(1, 2).unbind(0), w2.data.transpose(1, 2).unbind(0)
 
 
-def _scheme(quant_config: QuantizationConfig | None, shards: list[tuple[Shard, ...]]) -> LinearScheme:
+def _scheme(quant_config: QuantizationConfig | None, shards: ExpertShards) -> LinearScheme:
     return quant_config.scheme_for([s.name for of_one in shards for s in of_one]) if quant_config else UNQUANTIZED
 
 
-def _stack(
-    shards: list[tuple[Shard, ...]], in_features: int, scheme: LinearScheme, dtype: torch.dtype
-) -> nn.Parameter:
+def _stack(shards: ExpertShards, in_features: int, scheme: LinearScheme, dtype: torch.dtype) -> nn.Parameter:
     one = make_weight(shards[0], in_features, scheme, dtype)
     return nn.Parameter(torch.empty(len(shards), *one.shape, dtype=one.dtype), requires_grad=False)
 
 
 def _expand_stack(
-    shards: list[tuple[Shard, ...]],
+    shards: ExpertShards,
     scheme: LinearScheme,
     stacked: torch.Tensor,
     scales: list[ScaleStorage | None],

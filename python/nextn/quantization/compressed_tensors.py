@@ -11,8 +11,8 @@ from nextn.quantization.names import agreed, match_entry
 from nextn.quantization.scheme import ActivationKind, LinearScheme, SchemeKind
 
 SUPPORTED = (
-    "compressed-tensors is served with 8-bit symmetric float weights, strategy channel, tensor or block, and activations "
-    "that are absent, dynamic per token or group, or static per tensor"
+    "compressed-tensors is served with 8-bit symmetric float weights, strategy channel, tensor or block, and "
+    "activations that are absent, dynamic per token or group, or static per tensor"
 )
 _KINDS: dict[str, SchemeKind] = {"channel": "fp8_channel", "tensor": "fp8_tensor", "block": "fp8_block"}
 

@@ -45,7 +45,9 @@ def decide_draft_quantization(
         if detected is None:
             return DraftQuantization(checked, False, "unquantized: nothing is declared")
         if not has_fp8:
-            return DraftQuantization(checked, False, f"unquantized: {detected.method} is declared, but no tensor is FP8")
+            return DraftQuantization(
+                checked, False, f"unquantized: {detected.method} is declared, but no tensor is FP8"
+            )
         return DraftQuantization(checked, False, f"{detected.method}, as detected")
     if override == "unquant":
         if not has_fp8:

@@ -44,8 +44,8 @@ class CheckedQuantization:
             raise QuantizationError(f"{name}.weight: found {dtype}, expected {FP8_DTYPE}; {self.remedy}")
         if dtype == FP8_DTYPE and not declared.is_quantized:
             raise QuantizationError(
-                f"{name}.weight: holds float8_e4m3fn codes, but it is declared unquantized ({declared.source}); read as "
-                "numbers they would be garbage. Correct the quantization config"
+                f"{name}.weight: holds float8_e4m3fn codes, but it is declared unquantized ({declared.source}); read "
+                "as numbers they would be garbage. Correct the quantization config"
             )
         if dtype == FP8_DTYPE and declared.scale_suffix not in scales:
             found = f"its scale is named {scales[0]}" if scales else f"it has no {declared.scale_suffix}"

@@ -34,7 +34,7 @@ class KVPages:
 
     def attach_prefix(self, seq: Sequence, max_tokens: int) -> None:
         """Give a sequence that has no pages the longest cached prefix, and a reference on it."""
-        assert not seq.pages and seq.num_computed == 0, "a prefix is attached before anything is computed"
+        assert not seq.pages, "a prefix is attached before anything is computed"
         if not self._enable_prefix_cache:
             return
         nodes = self.cache.match(seq.tokens, seq.request.cache_salt, max_tokens)

@@ -79,7 +79,7 @@ class EngineClient:
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._num_calls = 0
         self._outgoing: asyncio.Queue[ToEngine] = asyncio.Queue()
-        self._settled = asyncio.Event()
+        self._failed = asyncio.Event()
         self._heard_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -87,9 +87,10 @@ class EngineClient:
         """Begin to listen and to send, on the running loop."""
         self._tasks = [asyncio.create_task(self._receive_forever()), asyncio.create_task(self._send_forever())]
 
-    async def wait_until_settled(self) -> None:
-        """Return when the engine is ready or has failed."""
-        await self._settled.wait()
+    async def wait_for_failure(self, timeout: float) -> None:
+        """Return when the engine has said why it failed, or after ``timeout`` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._failed.wait(), timeout)
 
     async def close(self) -> None:
         """Fail what still runs, tell the engine to leave if it still listens, and release the sockets."""
@@ -145,6 +146,7 @@ class EngineClient:
         for index, request in enumerate(requests):
             self._running[request.rid] = _Running(generation, index, now)
             self._outgoing.put_nowait(request)
+        logger.debug("request submitted rid=%s choices=%d", rid, len(requests))
         return generation
 
     def abort(self, rid: str | None) -> None:
@@ -173,9 +175,11 @@ class EngineClient:
         """The engine is gone: every open choice ends with an error, and no request is taken again."""
         if self.state is EngineState.DEAD:
             return
+        if kind == "internal":
+            logger.error("engine failed running_requests=%d reason=%s", len(self._running), reason)
         self.state = EngineState.DEAD
         self.failure = EngineFailed(reason, user_error)
-        self._settled.set()
+        self._failed.set()
         for rid, running in list(self._running.items()):
             running.generation.deliver(
                 running.index,
@@ -241,7 +245,6 @@ class EngineClient:
                 self.ready = message
                 if self.state is EngineState.LOADING:
                     self.state = EngineState.READY
-                self._settled.set()
             case EngineFailed():
                 self.fail(message.message, user_error=message.user_error)
             case CallReply():

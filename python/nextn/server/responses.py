@@ -85,8 +85,10 @@ class EventStream(Response):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The failure to report for an exception; one that nobody foresaw is logged and reported as internal."""
+    """The failure to report for an exception; what is the server's own fault is logged."""
     if isinstance(error, ApiError):
+        if error.status == 500:
+            logger.warning("request failed status=500 reason=%s", error)
         return error
     if isinstance(error, RequestError):
         return from_request_error(error)

@@ -20,6 +20,9 @@ from nextn.server.http_protocol import CappedHttpProtocol
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.1
+LAST_WORDS_TIMEOUT = 0.5
+"""Seconds that the last message of an engine that is gone may still be on the way."""
+
 FLUSH_TIMEOUT = 2.0
 """Seconds that responses get to write their error event after the engine is gone."""
 
@@ -95,7 +98,7 @@ async def _supervise(
             return f"the HTTP server stopped: {serving.exception() or 'no reason given'}"
         exit_code = watch.engine_exit_code()
         if exit_code is not None:
-            await asyncio.sleep(POLL_INTERVAL)  # its last message may still be on the way
+            await client.wait_for_failure(LAST_WORDS_TIMEOUT)
         if client.failure is not None:
             return client.failure.message
         if exit_code is not None:

@@ -1,4 +1,4 @@
-"""Log-probabilities for requests that ask: natural logarithms of the model's own distribution, before any sampling rule."""
+"""Log-probabilities for requests that ask: of the model's own distribution, before any sampling rule."""
 
 from __future__ import annotations
 

@@ -54,9 +54,7 @@ class NextNProposer:
         self._device = reference.device
         self._hidden = torch.zeros(max_running, config.hidden_size, dtype=draft.dtype, device=self._device)
         self._logits = torch.zeros(max_running, config.vocab_size, device=self._device)
-        self._page_hidden = torch.zeros(
-            reference.shape[1], config.hidden_size, dtype=draft.dtype, device=self._device
-        )
+        self._page_hidden = torch.zeros(reference.shape[1], config.hidden_size, dtype=draft.dtype, device=self._device)
 
     def propose(self, extends: list[Extend], choose: ChooseTokens) -> Drafts:
         """Draft ``num_drafts`` ≥ 1 tokens for each extend, feeding the head its own normed output."""
