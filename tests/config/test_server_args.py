@@ -175,7 +175,8 @@ def test_arguments_made_in_python_are_checked_too(values: dict[str, Any], compla
 
 
 def test_a_path_object_names_a_model() -> None:
-    assert ServerArgs(**{"model_path": Path("a") / "b"}).model_path == "a/b"
+    values: dict[str, Any] = {"model_path": Path("a") / "b"}
+    assert ServerArgs(**values).model_path == "a/b"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -132,6 +137,43 @@ def load(server: Launched) -> dict[str, Any]:
 
 def test_health_generate_runs_the_model(server: Launched) -> None:
     assert server.http.get("/health_generate").status_code == 200
+
+
+def test_only_the_engine_process_loads_torch(server: Launched) -> None:
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{server.engine_pid()}/maps").read_text()
+
+
+def test_random_traffic_with_aborts_and_leavers_leaves_nothing_running(server: Launched) -> None:
+    statuses: set[int] = set()
+
+    async def visitor(client: httpx.AsyncClient, rng: random.Random) -> None:
+        for number in range(12):
+            body = {
+                "prompt": [rng.randrange(10, 2000) for _ in range(rng.randrange(1, 100))],
+                "max_tokens": rng.randrange(1, 60),
+                "n": rng.randrange(1, 4),
+                "stream": rng.random() < 0.6,
+                "stop": rng.choice([None, "e", " the"]),
+                "rid": f"visit-{id(rng)}-{number}",
+            }
+            asking = asyncio.create_task(client.post("/v1/completions", json=body))
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.random() / 5)
+                asking.cancel()
+            elif rng.random() < 0.3:
+                await asyncio.sleep(rng.random() / 5)
+                await client.post("/abort_request", json={"rid": body["rid"]})
+            with contextlib.suppress(asyncio.CancelledError):
+                statuses.add((await asking).status_code)
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, verify=False) as client:
+            await asyncio.gather(*(visitor(client, random.Random(seed)) for seed in range(8)))
+
+    asyncio.run(run())
+    assert statuses == {200}
+    wait_until(lambda: load(server) == {"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}, 5)
 
 
 def long_stream(server: Launched) -> tuple[threading.Thread, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ S = TypeVar("S", bound=Sequence[Any])
 def cut(whole: S, cuts: Sequence[int]) -> list[S]:
     """The pieces between the cuts, empty ones where cuts coincide."""
     places = [0, *sorted(at % (len(whole) + 1) for at in cuts), len(whole)]
-    return [whole[start:end] for start, end in zip(places, places[1:], strict=False)]  # type: ignore[misc]
+    return [whole[start:end] for start, end in pairwise(places)]  # type: ignore[misc]
 
 
 def cuts() -> st.SearchStrategy[list[int]]:
