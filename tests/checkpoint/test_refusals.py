@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from nextn.checkpoint.hub import resolve_model
 from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.loader import LoadedModel, load_model
@@ -18,6 +16,8 @@ from nextn.config.engine_config import EngineConfig
 from nextn.errors import CheckpointError, NextnError, QuantizationError
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
+from safetensors.torch import load_file, save_file
+
 from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
 
 CONFIG = tiny_config()

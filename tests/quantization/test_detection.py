@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig as LibraryConfig
-
 from nextn.errors import QuantizationError
 from nextn.quantization.detect import detect_quantization
 from nextn.quantization.names import match_entry, match_prefix
 from nextn.quantization.scheme import QuantizationConfig
+
 from tests.checkpoints import Quant, quantization_config, tiny_config, write_checkpoint
 
 CONFIG = tiny_config()

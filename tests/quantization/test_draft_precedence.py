@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import QuantizationError
+
 from tests.checkpoints import Draft, Quant, State, dequantized, quantized, random_state, tiny_config, write_checkpoint
 
 FP8: tuple[Quant, ...] = tuple(q for q in get_args(Quant) if q != "none")

@@ -148,7 +148,7 @@ def test_random_traffic_with_aborts_and_leavers_leaves_nothing_running(server: L
     statuses: set[int] = set()
 
     async def visitor(client: httpx.AsyncClient, rng: random.Random) -> None:
-        for number in range(12):
+        for number in range(6):
             body = {
                 "prompt": [rng.randrange(10, 2000) for _ in range(rng.randrange(1, 100))],
                 "max_tokens": rng.randrange(1, 60),

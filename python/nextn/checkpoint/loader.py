@@ -107,7 +107,8 @@ def _build_draft(
     if source.config.num_nextn_predict_layers == 0:
         raise CheckpointError(
             f"{source.folder}: config.json names no NextN layer (num_nextn_predict_layers is 0), but "
-            "drafting was asked for; pass --speculative-algorithm none, or --speculative-draft-model-path with a checkpoint that has one"
+            "drafting was asked for; pass --speculative-algorithm none, or --speculative-draft-model-path with a "
+            "checkpoint that has one"
         )
     dtypes = {name: dtype_name for name, dtype_name in source.dtypes.items() if name.startswith(prefix)}
     if source.index is not None and not dtypes:

@@ -71,8 +71,9 @@ def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
                 end.send(StepOutput(outputs + engine.abort(None), engine.stats()))
                 return
             outputs += _handle(engine, end, message)
+        has_worked = engine.has_work
         outputs += engine.step()
-        if outputs or messages:
+        if has_worked or messages:  # also without outputs: a long prompt's chunks show that the engine is alive
             end.send(StepOutput(outputs, engine.stats()))
 
 

@@ -128,7 +128,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class CallReply(msgspec.Struct, frozen=True, tag=True):
-    """Answer to FlushCache (``{"flushed": bool}``) or GetInfo (plain JSON-able values)."""
+    """Answer to FlushCache (``{"flushed_pages": int}``) or GetInfo (plain JSON-able values)."""
 
     call_id: str
     result: dict[str, Any]
