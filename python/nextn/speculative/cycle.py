@@ -70,7 +70,7 @@ class SpeculativeCycle:
         )
         hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
         if self._proposer is not None:
-            self._proposer.remember_page_ends(hidden, batch.slot_mapping)
+            self._proposer.remember_page_ends(extends, hidden)
         return hidden
 
     def _decide(
@@ -89,7 +89,9 @@ class SpeculativeCycle:
         decisions = [Decision([], prompt_logprobs=p) for p in self._prompt_logprobs(extends, chains, hidden)]
         if not deciding:
             return decisions
-        logits = self._target.compute_logits(hidden[torch.tensor(row_index, device=self._device)])
+        if len(row_index) < len(hidden):
+            hidden = hidden.index_select(0, torch.tensor(row_index, device=self._device))
+        logits = self._target.compute_logits(hidden)
         num_accepted, final = self._verify([chains[i] for i in deciding], drafts, logits, rows)
         row = 0
         for i, accepted, token in zip(deciding, num_accepted, final, strict=True):

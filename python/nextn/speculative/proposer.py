@@ -59,7 +59,7 @@ class NextNProposer:
     def propose(self, extends: list[Extend], choose: ChooseTokens) -> Drafts:
         """Draft ``num_drafts`` ≥ 1 tokens for each extend, feeding the head its own normed output."""
         slots = torch.tensor([extend.seq.slot for extend in extends], device=self._device)
-        hidden, logits = self._hidden[slots], self._logits[slots]
+        hidden, logits = self._hidden.index_select(0, slots), self._logits.index_select(0, slots)
         tokens: list[list[int]] = [[] for _ in extends]
         active = list(range(len(extends)))
         all_probs: torch.Tensor | None = None
@@ -84,14 +84,23 @@ class NextNProposer:
                 all_probs[active, step] = probs
         return Drafts(tokens, all_probs)
 
-    def remember_page_ends(self, hidden: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def remember_page_ends(self, extends: list[Extend], hidden: torch.Tensor) -> None:
         """Keep the target's hidden state of every row that is the last of its page.
 
-        hidden: [T, H]; slot_mapping: [T] int64
+        hidden: [T, H], num_tokens + num_drafts rows per extend
         """
-        ends = (slot_mapping % self._page_size == self._page_size - 1).nonzero()[:, 0]
-        if ends.numel():
-            self._page_hidden[slot_mapping[ends] // self._page_size] = hidden[ends]
+        rows: list[int] = []
+        pages: list[int] = []
+        first_row = 0
+        for extend in extends:
+            num_rows = extend.num_tokens + extend.num_drafts
+            first_page = extend.start // self._page_size
+            ends = range(first_page * self._page_size + self._page_size - 1, extend.start + num_rows, self._page_size)
+            rows += [first_row + position - extend.start for position in ends]
+            pages += extend.seq.pages[first_page : first_page + len(ends)]
+            first_row += num_rows
+        if rows:
+            self._page_hidden[pages] = hidden[rows]
 
     def catch_up(self, extends: list[Extend], decided: list[list[int]], hidden: torch.Tensor) -> list[bool]:
         """Extend the draft layer over every position whose token and preceding hidden state are now known.
@@ -119,7 +128,7 @@ class NextNProposer:
             ready.append(extend.start + last == len(extend.seq.tokens) + len(new) - 1)
             row += extend.num_tokens + extend.num_drafts
         # A source of -1 (the first entry after a prefix hit, in the first extend) is overwritten just below.
-        inputs = hidden[torch.tensor(sources, device=self._device)]
+        inputs = hidden[torch.tensor(sources, device=self._device)] if from_page else self._take(hidden, sources)
         if from_page:
             entries, pages = zip(*from_page, strict=True)
             inputs[list(entries)] = self._page_hidden[list(pages)]
@@ -137,9 +146,13 @@ class NextNProposer:
                 rows.append(end - 1)
                 slots.append(extend.seq.slot)
         if rows:
-            hidden = output[rows]
-            self._hidden[slots] = hidden
-            self._logits[slots] = self._draft.compute_logits(hidden)
+            hidden = self._take(output, rows)
+            index = torch.tensor(slots, device=self._device)
+            self._hidden.index_copy_(0, index, hidden)
+            self._logits.index_copy_(0, index, self._draft.compute_logits(hidden))
+
+    def _take(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        return x.index_select(0, torch.tensor(rows, device=self._device))
 
     def _forward(
         self, ids: list[int], hidden: torch.Tensor, spans: list[tuple[int, int]], pages: list[list[int]]

@@ -1,0 +1,33 @@
+"""The benchmark scripts run as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "common"))
+
+
+def run(script: str, *flags: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{script}", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240).stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself(script: str) -> None:
+    text = run(script, "--help")
+    assert "--quick" in text
+    assert "--json" in text
+
+
+def test_a_shared_prefix_makes_later_first_tokens_at_least_five_times_faster(tmp_path: Path) -> None:
+    table = run("prefix_cache", "--quick", "--json", str(tmp_path / "out.json"))
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert "later / first" in table
+    assert all(row["later / first"] <= 0.2 for row in rows)
+    assert all(row["cached tokens"] >= 1500 - 16 for row in rows)
