@@ -74,7 +74,8 @@ def load_model(
     dummy = engine_config.load_format == "dummy"
     source = _Source.open(engine_config.model_path, dummy=dummy)
     _check_method(source, engine_config.quantization)
-    target = Glm4MoeForCausalLM(source.config, CheckedQuantization(source.quantization, source.dtypes), dtype=dtype)
+    with device:
+        target = Glm4MoeForCausalLM(source.config, CheckedQuantization(source.quantization, source.dtypes), dtype=dtype)
     draft_source = source
     if engine_config.draft_model_path is not None:
         draft_source = _Source.open(engine_config.draft_model_path, dummy=dummy)
@@ -83,7 +84,8 @@ def load_model(
         want_draft = draft_source.config.num_nextn_predict_layers > 0
     draft, decision = None, None
     if want_draft:
-        draft, decision = _build_draft(draft_source, target, engine_config.draft_quantization, dtype)
+        with device:
+            draft, decision = _build_draft(draft_source, target, engine_config.draft_quantization, dtype)
 
     report = LoadReport(describe(target), describe(draft) if draft else (), decision.reason if decision else None)
     if source.index is None:
@@ -96,7 +98,7 @@ def load_model(
             _fill(draft, draft_source.index, only_prefix=draft_source.draft_prefix)
     for model in (target, draft):
         if model is not None:
-            prepare_weights(model.to(device))
+            prepare_weights(model)
     return LoadedModel(source.config, target, draft, report)
 
 

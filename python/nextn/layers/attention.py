@@ -37,12 +37,12 @@ class QKNorm(nn.Module):
         super().__init__()
         self.prefix = prefix
         self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.empty(2, config.head_dim, dtype=dtype), requires_grad=False)
+        self.weight = torch.empty(2, config.head_dim, dtype=dtype)
         self.heads = torch.tensor([0] * config.num_attention_heads + [1] * config.num_key_value_heads)
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.prefix}.q_norm.weight", self.weight.data[0]
-        yield f"{self.prefix}.k_norm.weight", self.weight.data[1]
+        yield f"{self.prefix}.q_norm.weight", self.weight[0]
+        yield f"{self.prefix}.k_norm.weight", self.weight[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, num_heads + num_kv_heads, head_dim], before rotation. Returns the same shape."""

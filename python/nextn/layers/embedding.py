@@ -17,10 +17,10 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.name = name
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype)
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.name}.weight", self.weight.data
+        yield f"{self.name}.weight", self.weight
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [T] int64. Returns [T, hidden_size]."""
@@ -30,24 +30,24 @@ class Embedding(nn.Module):
 class OutputHead(nn.Module):
     """Hidden states to logits. weight: [vocab_size, hidden_size], the embedding's own where the two are tied."""
 
-    def __init__(self, weight: nn.Parameter, name: str | None) -> None:
+    def __init__(self, weight: torch.Tensor, name: str | None) -> None:
         super().__init__()
         self.name = name
         self.weight = weight
-        self.packed = PackedWeight(weight.data, None)
+        self.packed = PackedWeight(weight, None)
 
     @classmethod
     def untied(cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype) -> OutputHead:
-        return cls(nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False), name)
+        return cls(torch.empty(vocab_size, hidden_size, dtype=dtype), name)
 
     def weight_slots(self) -> Iterator[Slot]:
         """Nothing when tied: the embedding's slot fills the same tensor."""
         if self.name is not None:
-            yield f"{self.name}.weight", self.weight.data
+            yield f"{self.name}.weight", self.weight
 
     def prepare(self) -> None:
         """Once loaded: lay the weight out for the CPU."""
-        self.packed = pack_weight(self.weight.data)
+        self.packed = pack_weight(self.weight)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, hidden_size]. Returns logits [R, vocab_size] float32."""

@@ -15,6 +15,8 @@ from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
 class Linear(nn.Module):
     """y = x Wᵀ + b. ``shards`` are stacked along the output, so that q, k, v (or gate, up) are one product.
 
+    Weights are plain tensors, not parameters: nothing trains here, and reading an attribute stays cheap.
+
     weight: [Σ rows, in_features]; FP8 codes until ``prepare``, where the scheme is quantized
     """
 
@@ -31,25 +33,23 @@ class Linear(nn.Module):
         self.shards = tuple(shards)
         self.dtype = dtype
         self.scheme = quant_config.scheme_for([shard.name for shard in shards]) if quant_config else UNQUANTIZED
-        self.weight = nn.Parameter(make_weight(shards, in_features, self.scheme, dtype), requires_grad=False)
+        self.weight = make_weight(shards, in_features, self.scheme, dtype)
         self.scales = make_scales(shards, in_features, self.scheme)
         rows = sum(shard.num_rows for shard in shards)
-        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
-        self.packed = PackedWeight(self.weight.data, None)
+        self.bias = torch.empty(rows, dtype=dtype) if bias else None
+        self.packed = PackedWeight(self.weight, None)
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield from weight_slots(self.shards, self.scheme, self.weight.data, self.scales)
+        yield from weight_slots(self.shards, self.scheme, self.weight, self.scales)
         if self.bias is not None:
-            parts = self.bias.data.split([shard.num_rows for shard in self.shards])
+            parts = self.bias.split([shard.num_rows for shard in self.shards])
             yield from ((f"{shard.name}.bias", part) for shard, part in zip(self.shards, parts, strict=True))
 
     def prepare(self) -> None:
         """Once loaded: replace FP8 codes and scales by their product, and lay the weight out for the CPU."""
-        self.weight = nn.Parameter(
-            expand(self.shards, self.scheme, self.weight.data, self.scales, self.dtype), requires_grad=False
-        )
+        self.weight = expand(self.shards, self.scheme, self.weight, self.scales, self.dtype)
         self.scales = None
-        self.packed = pack_weight(self.weight.data)
+        self.packed = pack_weight(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, in_features]. Returns [T, Σ rows]."""

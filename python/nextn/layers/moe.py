@@ -25,8 +25,8 @@ class MoE(nn.Module):
         self.config = config
         self.prefix = prefix
         num_experts = config.n_routed_experts
-        self.gate = nn.Parameter(torch.empty(num_experts, config.hidden_size), requires_grad=False)
-        self.e_score_correction_bias = nn.Parameter(torch.empty(num_experts), requires_grad=False)
+        self.gate = torch.empty(num_experts, config.hidden_size)
+        self.e_score_correction_bias = torch.empty(num_experts)
         self.experts = Experts(config, quant_config, f"{prefix}.experts", dtype)
         shared_size = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = (
@@ -36,8 +36,8 @@ class MoE(nn.Module):
         )
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.prefix}.gate.weight", self.gate.data
-        yield f"{self.prefix}.gate.e_score_correction_bias", self.e_score_correction_bias.data
+        yield f"{self.prefix}.gate.weight", self.gate
+        yield f"{self.prefix}.gate.e_score_correction_bias", self.e_score_correction_bias
         yield from self.experts.weight_slots()
         if self.shared_experts is not None:
             yield from self.shared_experts.weight_slots()
@@ -91,9 +91,9 @@ class Experts(nn.Module):
 
     def weight_slots(self) -> Iterator[Slot]:
         for e, shards in enumerate(self.w13_shards):
-            yield from weight_slots(shards, self.w13_scheme, self.w13.data[e], self.w13_scales[e])
+            yield from weight_slots(shards, self.w13_scheme, self.w13[e], self.w13_scales[e])
         for e, down in enumerate(self.w2_shards):
-            yield from weight_slots(down, self.w2_scheme, self.w2.data[e], self.w2_scales[e])
+            yield from weight_slots(down, self.w2_scheme, self.w2[e], self.w2_scales[e])
 
     def prepare(self) -> None:
         """Once loaded: replace FP8 codes and scales by their product in the computing type."""
@@ -106,16 +106,16 @@ class Experts(nn.Module):
 
 def _transposed_views(w13: torch.Tensor, w2: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Each expert's matrices as a product takes them; made once, since making a view costs as much as using it."""
-    return w13.data.transpose(1, 2).unbind(0), w2.data.transpose(1, 2).unbind(0)
+    return w13.transpose(1, 2).unbind(0), w2.transpose(1, 2).unbind(0)
 
 
 def _scheme(quant_config: QuantizationConfig | None, shards: ExpertShards) -> LinearScheme:
     return quant_config.scheme_for([s.name for of_one in shards for s in of_one]) if quant_config else UNQUANTIZED
 
 
-def _stack(shards: ExpertShards, in_features: int, scheme: LinearScheme, dtype: torch.dtype) -> nn.Parameter:
+def _stack(shards: ExpertShards, in_features: int, scheme: LinearScheme, dtype: torch.dtype) -> torch.Tensor:
     one = make_weight(shards[0], in_features, scheme, dtype)
-    return nn.Parameter(torch.empty(len(shards), *one.shape, dtype=one.dtype), requires_grad=False)
+    return torch.empty(len(shards), *one.shape, dtype=one.dtype)
 
 
 def _expand_stack(
@@ -124,8 +124,8 @@ def _expand_stack(
     stacked: torch.Tensor,
     scales: list[ScaleStorage | None],
     dtype: torch.dtype,
-) -> nn.Parameter:
+) -> torch.Tensor:
     out = torch.empty(stacked.shape, dtype=dtype)
     for e, of_one in enumerate(shards):
         out[e] = expand(of_one, scheme, stacked[e], scales[e], dtype)
-    return nn.Parameter(out, requires_grad=False)
+    return out

@@ -18,10 +18,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.name = name
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.weight = torch.empty(size, dtype=dtype)
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.name}.weight", self.weight.data
+        yield f"{self.name}.weight", self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size]. Returns the same shape."""
