@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
 from nextn import LLM, SamplingParams
 from nextn.demo.quiz import held_out_items
 from nextn.errors import CheckpointError, ConfigError, RequestError

@@ -1,8 +1,10 @@
 """Load generator: `python -m nextn.bench_serving --backend nextn --dataset-name random --num-prompts 100`."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nextn.bench.errors import BenchError
 from nextn.bench.metrics import compute, details
@@ -18,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.compare:
             print(compare(*options.compare))
             return 0
+        for flag, path in (("--output-file", options.output_file), ("--plot", options.plot)):
+            _check_writable(flag, path)
         run = asyncio.run(run_benchmark(options))
         figures = compute(run)
         print(format_table(options, figures))
@@ -32,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if figures["completed"] else 1
+
+
+def _check_writable(flag: str, path: str | Path | None) -> None:
+    """Better before the run than after it."""
+    folder = Path(path).resolve().parent if path else Path.cwd()
+    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK)):
+        raise BenchError(f"{flag}: {path} cannot be written; give a file in a folder that exists")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,17 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
             ["--speculative-algorithm", "none", "--speculative-num-steps", "3"],
             "together with --speculative-algorithm none",
         ),
+        (
+            ["--speculative-algorithm", "none", "--speculative-draft-model-path", "d"],
+            "--speculative-draft-model-path: found d together with --speculative-algorithm none",
+        ),
+        (
+            ["--speculative-algorithm", "none", "--speculative-num-draft-tokens", "4"],
+            "--speculative-num-draft-tokens: found 4, expected 1",
+        ),
+        (["--max-total-tokens", "31"], "--max-total-tokens: found 31, expected at least two pages .*32"),
+        (["--api-key", ""], "--api-key: found nothing, expected text"),
+        (["--model-path="], "--model-path: found nothing, expected text"),
         (["--skip-tokenizer-init", "--reasoning-parser", "glm45"], "--skip-tokenizer-init: leaves no text"),
         (["--prot", "1"], "--prot: there is no such flag; did you mean --port"),
         (["--model", "x"], "--model: there is no such flag"),
@@ -270,6 +281,7 @@ def test_defaults_of_server_and_engine_agree() -> None:
 def test_keys_are_hidden_where_arguments_are_shown() -> None:
     shown = from_cli("--api-key", "secret", "--port", "7").redacted()
     assert "secret" not in str(shown)
+    assert "secret" not in repr(ServerArgs(api_key="secret", admin_api_key="secret2"))
     assert (shown["api_key"], shown["admin_api_key"], shown["port"]) == ("***", None, 7)
 
 

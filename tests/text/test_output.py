@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextn.text.detokenizer import Detokenizer
+from nextn.text.detokenizer import MAX_HELD_BACK, Detokenizer
 from nextn.text.output import OutputAssembler, TextDelta
 from nextn.text.tokenizer import Tokenizer
 
 from tests.text.chunks import cut, cuts
+
+BROKEN = [bytes([byte]) for byte in b"\xe6\x97\xa5\xf0\x9f\xa6\x8a\xed\xc3\xff"]
+"""Bytes of 日 and 🦊 and some that begin or break other characters; in any order most make no character."""
 
 
 def assemble(assembler: OutputAssembler, pieces: list[list[int]]) -> tuple[str, str | None, int]:
@@ -35,6 +39,29 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizer: Tokenizer, data: st.Da
     pieces = [detokenizer.push(token_id) for token_id in ids]
     assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids, skip)
     assert detokenizer.flush() == ""
+
+
+@settings(deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_long_runs_of_broken_characters_are_let_go_and_join(
+    tokenizer: Tokenizer, data: st.DataObject, skip: bool
+) -> None:
+    byte_ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in BROKEN]
+    unshown = [*tokenizer.encode("<|user|>"), tokenizer.vocab_size + 1]
+    ids = data.draw(st.lists(st.sampled_from(byte_ids + unshown), min_size=30, max_size=120))
+    detokenizer = Detokenizer(tokenizer, skip)
+    pieces = [detokenizer.push(token_id) for token_id in ids]
+    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids, skip)
+
+
+@pytest.mark.parametrize("text", ["\ufffd", "<|user|>"])
+def test_what_is_never_complete_does_not_pile_up(tokenizer: Tokenizer, text: str) -> None:
+    lead = next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == b"\xe6")
+    run = [lead] * 100 if text == "\ufffd" else tokenizer.encode(text) * 100
+    detokenizer = Detokenizer(tokenizer)
+    shown = detokenizer.push_all(run)
+    assert len(tokenizer.decode(run)) - len(shown) <= MAX_HELD_BACK
+    assert shown + detokenizer.flush() == tokenizer.decode(run)
 
 
 @settings(deadline=None)

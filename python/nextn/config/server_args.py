@@ -24,10 +24,11 @@ def _option(
     least: float | None = None,
     most: float | None = None,
     kind: type | None = None,
+    is_secret: bool = False,
 ) -> Any:
     """A field that is also a flag. kind: the value's type, where the default is None."""
     option = Option(group, help, tuple(choices) if choices else None, least, most, kind or type(default))
-    return field(default=default, metadata={"option": option})
+    return field(default=default, repr=not is_secret, metadata={"option": option})
 
 
 _MODEL, _SCHEDULE, _SPECULATION = "model", "scheduling and memory", "speculative decoding"
@@ -102,8 +103,10 @@ class ServerArgs:
 
     host: str = _option("127.0.0.1", _HTTP, "address to listen on")
     port: int = _option(30000, _HTTP, "port to listen on; 0 picks a free one", least=0, most=65535)
-    api_key: str | None = _option(None, _HTTP, "key that requests must carry", kind=str)
-    admin_api_key: str | None = _option(None, _HTTP, "key for /flush_cache and /abort_request", kind=str)
+    api_key: str | None = _option(None, _HTTP, "key that requests must carry", kind=str, is_secret=True)
+    admin_api_key: str | None = _option(
+        None, _HTTP, "key for /flush_cache and /abort_request", kind=str, is_secret=True
+    )
     enable_metrics: bool = _option(True, _HTTP, "serve Prometheus metrics at /metrics")
     stream_interval: int = _option(1, _HTTP, "tokens gathered before a chunk is sent", least=1)
     tool_call_parser: str | None = _option(None, _HTTP, "format of tool calls", choices=("glm45", "glm47"), kind=str)
@@ -134,17 +137,27 @@ class ServerArgs:
                 f"--speculative-eagle-topk: found {self.speculative_eagle_topk}, expected 1: the NextN layer drafts a "
                 "chain, not a tree"
             )
+        if self.speculative_algorithm == "none":
+            self._check_nothing_speculative()
         self._check_num_draft_tokens()
-        if self.speculative_algorithm == "none" and self.speculative_num_steps:
+        if self.max_total_tokens is not None and self.max_total_tokens < 2 * self.page_size:
             raise ConfigError(
-                f"--speculative-num-steps: found {self.speculative_num_steps} together with --speculative-algorithm "
-                "none; leave one away"
+                f"--max-total-tokens: found {self.max_total_tokens}, expected at least two pages of --page-size "
+                f"({2 * self.page_size})"
             )
         if self.skip_tokenizer_init and (self.tool_call_parser or self.reasoning_parser or self.chat_template):
             raise ConfigError("--skip-tokenizer-init: leaves no text for a parser or a chat template; leave one away")
 
+    def _check_nothing_speculative(self) -> None:
+        for name in ("speculative_num_steps", "speculative_draft_model_path"):
+            if value := getattr(self, name):
+                raise ConfigError(
+                    f"{flag_of(name)}: found {value} together with --speculative-algorithm none; leave one away"
+                )
+
     def _check_num_draft_tokens(self) -> None:
-        steps = DEFAULT_DRAFT_STEPS if self.speculative_num_steps is None else self.speculative_num_steps
+        default = 0 if self.speculative_algorithm == "none" else DEFAULT_DRAFT_STEPS
+        steps = default if self.speculative_num_steps is None else self.speculative_num_steps
         if self.speculative_num_draft_tokens not in (None, steps + 1):
             raise ConfigError(
                 f"--speculative-num-draft-tokens: found {self.speculative_num_draft_tokens}, expected {steps + 1}: the "

@@ -72,6 +72,8 @@ def _text(value: Any, place: str) -> str:
         value = os.fspath(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"{place}: found {value!r}, expected text; put it in quotes")
+    if value == "":
+        raise ConfigError(f"{place}: found nothing, expected text; leave it away to have the default")
     return str(value)
 
 

@@ -8,6 +8,9 @@ from tokenizers.decoders import DecodeStream
 
 from nextn.text.tokenizer import Tokenizer
 
+MAX_HELD_BACK = 16
+"""Tokens held back before what cannot become a character is let go; a character takes four at most."""
+
 
 class Detokenizer:
     """Incremental decoding of one output. Concatenated, the pieces are what decoding all tokens at once gives.
@@ -24,6 +27,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that is complete now; empty while a character is not."""
+        if not self._tokenizer.is_shown(token_id, self._skip_special_tokens):
+            return ""  # the stream would hold it back and decode it again at every step
         self._held_back.append(token_id)
         try:
             piece: str | None = self._stream.step(self._tokenizer.backend, token_id)
@@ -31,9 +36,25 @@ class Detokenizer:
             self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
             return self.flush()
         if piece is None:
-            return ""
+            return self._let_go() if len(self._held_back) % MAX_HELD_BACK == 0 else ""
         self._held_back = []
         return piece
+
+    def _let_go(self) -> str:
+        """The text of all held back tokens but the last few; the stream decodes all of them again at every step.
+
+        A cut changes the text unless it falls between two characters (or two U+FFFD) and text follows it, which holds
+        whatever tokens come later.
+        """
+        whole = self._tokenizer.decode(self._held_back, self._skip_special_tokens)
+        for at in range(len(self._held_back) - 1, 0, -1):
+            text = self._tokenizer.decode(self._held_back[:at], self._skip_special_tokens)
+            rest = self._tokenizer.decode(self._held_back[at:], self._skip_special_tokens)
+            if rest and text + rest == whole:
+                self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+                again, self._held_back = self._held_back[at:], []
+                return text + self.push_all(again)
+        return ""
 
     def push_all(self, token_ids: Sequence[int]) -> str:
         return "".join(self.push(token_id) for token_id in token_ids)

@@ -48,6 +48,7 @@ class Tokenizer:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
         added = self.backend.get_added_tokens_decoder()
         self._added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._byte_of_character = _byte_level_alphabet() if _is_byte_level(self.backend) else {}
         if chat_template is not None:
             self._override_chat_template(Path(chat_template))
@@ -84,6 +85,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def is_shown(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """False if decoding leaves the token out: a special one, or an id that the tokenizer does not know."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return False
+        return self.backend.id_to_token(token_id) is not None
 
     def token_text(self, token_id: int) -> str:
         """One token's text; a part of a character shows as U+FFFD."""
