@@ -43,7 +43,7 @@ class ChatWriter:
                 break
         logprobs = None
         if self._num_top is not None and piece.logprobs:
-            logprobs = chat_logprobs(piece.logprobs, self._tokenizer.token_text, self._num_top)
+            logprobs = chat_logprobs(piece.logprobs, self._tokenizer, self._num_top)
             deltas = deltas or [ChatDelta(content="")]
         return deltas, logprobs
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nextn.protocol.messages import TokenLogprobs
+from nextn.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot say; OpenAI uses the same figure."""
@@ -17,12 +18,12 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST)
 
 
-def chat_logprobs(tokens: Iterable[TokenLogprobs], text_of: TokenText, num_top: int) -> dict[str, Any]:
-    """``choices[].logprobs`` of a chat completion."""
+def chat_logprobs(tokens: Iterable[TokenLogprobs], tokenizer: Tokenizer, num_top: int) -> dict[str, Any]:
+    """``choices[].logprobs`` of a chat completion; ``bytes`` is exact also for a part of a character."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = text_of(token_id)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+        text = tokenizer.token_text(token_id)
+        return {"token": text, "logprob": finite(logprob), "bytes": list(tokenizer.token_bytes(token_id))}
 
     content = []
     for token in tokens:
