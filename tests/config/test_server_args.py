@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nextn.config.engine_config import EngineConfig
 from nextn.config.server_args import ServerArgs
+from nextn.config.sources import flag_of
 from nextn.errors import ConfigError
 
 
@@ -283,6 +285,41 @@ def test_keys_are_hidden_where_arguments_are_shown() -> None:
     assert "secret" not in str(shown)
     assert "secret" not in repr(ServerArgs(api_key="secret", admin_api_key="secret2"))
     assert (shown["api_key"], shown["admin_api_key"], shown["port"]) == ("***", None, 7)
+    assert shown.keys() == ServerArgs.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(ServerArgs) if not f.repr])
+def test_what_the_repr_leaves_out_is_also_hidden(name: str) -> None:
+    values: dict[str, Any] = {name: "secret"}
+    assert ServerArgs(**values).redacted()[name] == "***"
+
+
+OTHER: dict[str, Any] = {
+    "chunked_prefill_size": 128,
+    "speculative_num_steps": 2,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+    "max_total_tokens": 640,
+    "stream_interval": 2,
+    "port": 7,
+}
+"""Values that are allowed and not the default, where one cannot be made up from the option alone."""
+
+
+@pytest.mark.parametrize("field", fields(ServerArgs), ids=lambda field: field.name)
+def test_every_field_is_a_flag_a_variable_and_a_key(field: Field[Any], tmp_path: Path) -> None:
+    name, option = field.name, field.metadata["option"]
+    made_up = {bool: not field.default, str: f"a {name}", int: option.least, float: 77.5}[option.kind]
+    value = OTHER.get(name, option.choices[-1] if option.choices else made_up)
+    if value == field.default:
+        value += 1
+    text = str(value).lower() if option.kind is bool else str(value)
+    switch = flag_of(name if value is True else f"no_{name}")
+    expected = ServerArgs(**{name: value})
+    assert getattr(expected, name) == value != field.default
+    assert from_cli(*([switch] if option.kind is bool else [flag_of(name), text])) == expected
+    assert from_cli(**{f"NEXTN_{name.upper()}": text}) == expected
+    assert from_yaml(tmp_path, f"{name}: {text}") == expected
 
 
 def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,4 +330,5 @@ def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     for name in ServerArgs.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
     assert "(default: 30000)" in text
-    assert "speculative decoding:" in text
+    for group in {field.metadata["option"].group for field in fields(ServerArgs)}:
+        assert f"\n{group}:\n" in text

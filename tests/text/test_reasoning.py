@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextn.text.reasoning import ReasoningDelta, ReasoningParser, starts_inside_reasoning
+from nextn.text.reasoning import MAX_LAYOUT_NEWLINES, ReasoningDelta, ReasoningParser, starts_inside_reasoning
 
 from tests.text.chunks import cut, cuts, mixes
 
@@ -63,6 +63,32 @@ def test_nothing_but_tags_and_newlines_is_lost(text: str, starts_inside: bool) -
     kept = (reasoning + content).replace("\n", "")
     lost = len(text.replace("\n", "")) - len(kept)
     assert lost in (0, len("<think>"), len("</think>"), len("<think></think>"))
+
+
+@settings(deadline=None)
+@given(
+    reasoning=st.text("a<é \n/").map(lambda text: text.strip("\n")),
+    content=st.text("a<é \n").map(lambda text: text.lstrip("\n")),
+    newline=st.sampled_from(["\n", ""]),
+    starts_inside=st.booleans(),
+    cuts=cuts(),
+)
+def test_what_the_model_thinks_and_says_comes_back(
+    reasoning: str, content: str, newline: str, starts_inside: bool, cuts: list[int]
+) -> None:
+    opening = "" if starts_inside else f"{newline}<think>"
+    output = f"{opening}{newline}{reasoning}{newline}</think>{newline}{content}"
+    assert split(cut(output, cuts), starts_inside) == (reasoning, content)
+
+
+@settings(deadline=None)
+@given(num_newlines=st.integers(0, 3 * MAX_LAYOUT_NEWLINES), cuts=cuts())
+def test_newlines_without_end_do_not_pile_up(num_newlines: int, cuts: list[int]) -> None:
+    text = "hm" + "\n" * num_newlines
+    kept = "\n" * max(0, num_newlines - MAX_LAYOUT_NEWLINES)
+    assert split(cut(text + "</think>Yes.", cuts), starts_inside=True) == ("hm" + kept, "Yes.")
+    parser = ReasoningParser(starts_inside=True)
+    assert "".join(parser.push(piece, False).reasoning for piece in cut(text, cuts)) == "hm" + kept
 
 
 def test_text_is_given_as_soon_as_it_is_certain() -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from nextn.text.tool_calls import ContentText, ToolCallParser, ToolCallPart
+from hypothesis import strategies as st
+from nextn.text.tool_calls import MAX_LAYOUT_NEWLINES, ContentText, ToolCallParser, ToolCallPart
 
 from tests.text.chunks import cut, cuts, mixes
 
@@ -224,3 +225,47 @@ def test_arguments_are_always_json_with_each_key_once(text: str, cuts: list[int]
     for _, arguments in calls:
         pairs = json.loads(arguments, object_pairs_hook=list)
         assert len({key for key, _ in pairs}) == len(pairs)
+
+
+arguments_of_find = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": st.text() | mixes(*TAGS).filter(lambda text: "</arg_value>" not in text),
+        "limit": st.integers(-(10**20), 10**20),
+        "tags": st.lists(st.text("ab<é", max_size=4), max_size=3),
+    },
+)
+
+
+@settings(deadline=None)
+@given(
+    said=st.lists(st.tuples(st.text("a<é ", max_size=5), arguments_of_find), max_size=4),
+    newline=st.sampled_from(["\n", ""]),
+    cuts=cuts(),
+)
+def test_what_the_model_says_in_either_format_comes_back(
+    said: list[tuple[str, dict[str, Any]]], newline: str, cuts: list[int]
+) -> None:
+    output = ""
+    for text, arguments in said:
+        values = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in arguments.items()}
+        output += text + newline + call("find", *values.items(), newline=newline) + newline
+    content, calls = joined(cut(output, cuts))
+    assert content == "".join(text for text, _ in said)
+    assert [json.loads(arguments) for _, arguments in calls] == [arguments for _, arguments in said]
+
+
+def test_newlines_without_end_do_not_pile_up() -> None:
+    parser = ToolCallParser(TOOLS)
+    shown = "".join(part.text for _ in range(100) for part in parser.push("\n" * 7, False))  # type: ignore[union-attr]
+    assert len(shown) == 700 - MAX_LAYOUT_NEWLINES
+    assert parser.push("<tool_", False) == []
+    assert parser.push("bag>", True) == [ContentText("\n" * MAX_LAYOUT_NEWLINES + "<tool_bag>")]
+
+
+@settings(deadline=None)
+@given(num_newlines=st.integers(0, 3 * MAX_LAYOUT_NEWLINES), cuts=cuts())
+def test_the_same_number_of_newlines_is_layout_however_they_arrive(num_newlines: int, cuts: list[int]) -> None:
+    text = "a" + "\n" * num_newlines + call("now")
+    kept = max(0, num_newlines - MAX_LAYOUT_NEWLINES)
+    assert joined(cut(text, cuts)) == ("a" + "\n" * kept, [("now", "{}")])

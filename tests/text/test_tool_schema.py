@@ -32,12 +32,14 @@ STRING, INTEGER, NULL = {"type": "string"}, {"type": "integer"}, {"type": "null"
         {"type": "string", "anyOf": [{"minLength": 1}, {"maxLength": 9}]},
         {"$ref": "#/$defs/Name"},
         {"$ref": "#/$defs/Indirect"},
+        {"$ref": "#/$defs/A%20Name"},
+        {"$ref": "#/%24defs/Name"},
         {"type": ["string", "integer"], "enum": ["a", "b"]},
     ],
 )
 @pytest.mark.parametrize("text", ["123", " 123\n", "true", '"quoted"', "null", "[1]", '\\n "<b>" é🦊', ""])
 def test_a_string_stays_the_text_it_is(schema: Any, text: str) -> None:
-    defs = {"Name": STRING, "Indirect": {"allOf": [{"$ref": "#/$defs/Name"}]}}
+    defs = {"Name": STRING, "A Name": STRING, "Indirect": {"allOf": [{"$ref": "#/$defs/Name"}]}}
     assert json.loads(typed(schema, text, **{"$defs": defs})) == text
 
 
@@ -62,6 +64,12 @@ def test_a_string_stays_the_text_it_is(schema: Any, text: str) -> None:
         ({"anyOf": [STRING, NULL]}, '"123"', '"123"'),
         ({"type": ["string", "null"]}, "true", "true"),
         ({"type": "string", "nullable": True}, "null", None),
+        ({"type": "string", "nullable": True}, "5", "5"),
+        ({"type": "string", "nullable": True, "enum": ["a", "b"]}, "null", None),
+        ({"$ref": "#/$defs/list/1", "nullable": True}, "null", None),
+        ({"$ref": "#/$defs/list/1", "nullable": True}, "5", "5"),
+        ({"anyOf": [STRING], "nullable": True}, "None", None),
+        ({"nullable": True}, "5", 5),
         ({"oneOf": [STRING, INTEGER]}, "123", 123),
         ({"oneOf": [STRING, INTEGER]}, "12a", "12a"),
         ({"oneOf": [STRING, INTEGER]}, "1.5", "1.5"),
@@ -72,6 +80,7 @@ def test_a_string_stays_the_text_it_is(schema: Any, text: str) -> None:
         ({"$ref": "#/$defs/list/1"}, "7", "7"),
         ({"$ref": "#/nowhere"}, "7", 7),
         ({"$ref": "https://example.com/schema"}, "7", 7),
+        ({"$ref": "#anchor"}, "'7'", "7"),
         ({"$ref": "#"}, "{}", {}),
         ({"$ref": "#/$defs/Loop"}, "7", 7),
         ({}, "7", 7),

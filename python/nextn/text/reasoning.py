@@ -15,6 +15,9 @@ THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 CALL_OPEN = "<tool_call>"
 
+MAX_LAYOUT_NEWLINES = 64
+"""Newlines before a closing tag that are layout. Each is held back until what follows is known; more are text."""
+
 
 def starts_inside_reasoning(prompt: str) -> bool:
     """True if the rendered prompt has opened the reasoning that the model goes on with."""
@@ -77,7 +80,7 @@ class ReasoningParser:
         found = find_first(self._buffer, (THINK_CLOSE, CALL_OPEN))
         if found is not None:
             at, tag = found
-            reasoning = self._buffer[:at].rstrip("\n")
+            reasoning = _without_layout(self._buffer[:at])
             self._ended_by_call = tag == CALL_OPEN
             self._buffer = self._buffer[at if self._ended_by_call else at + len(tag) :].lstrip("\n")
             self._drops_newlines = True
@@ -85,7 +88,7 @@ class ReasoningParser:
             return reasoning
         safe = self._buffer
         if not finished:
-            safe = safe[: len(safe) - num_held_back(safe, (THINK_CLOSE, CALL_OPEN))].rstrip("\n")
+            safe = _without_layout(safe[: len(safe) - num_held_back(safe, (THINK_CLOSE, CALL_OPEN))])
         self._buffer = self._buffer[len(safe) :]
         return safe
 
@@ -93,3 +96,7 @@ class ReasoningParser:
         content, self._buffer = self._buffer, ""
         self._drops_newlines = self._drops_newlines and not content
         return content
+
+
+def _without_layout(text: str) -> str:
+    return text[: max(len(text.rstrip("\n")), len(text) - MAX_LAYOUT_NEWLINES)]

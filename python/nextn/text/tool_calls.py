@@ -32,6 +32,9 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 KEY_OPEN, KEY_CLOSE = "<arg_key>", "</arg_key>"
 VALUE_OPEN, VALUE_CLOSE = "<arg_value>", "</arg_value>"
 
+MAX_LAYOUT_NEWLINES = 64
+"""Newlines before a call that are layout. Each is held back until what follows is known; more are content."""
+
 _NAME = re.compile(r"\s{0,16}([^\s<>]{1,256})\s{0,16}(<arg_key>|</tool_call>)")
 _NAME_BEGUN = re.compile(r"\s{0,16}(?:[^\s<>]{1,256}\s{0,16}(<.*)?)?", re.DOTALL)
 
@@ -124,7 +127,8 @@ class ToolCallParser:
             self._drops_newlines = not self._buffer
         at = self._buffer.find(CALL_OPEN)
         end = at if at >= 0 else len(self._buffer) - num_held_back(self._buffer, (CALL_OPEN,))
-        content = self._buffer[:end].rstrip("\n")
+        content = self._buffer[:end]
+        content = content[: max(len(content.rstrip("\n")), end - MAX_LAYOUT_NEWLINES)]
         self._emit_content(content)
         if at < 0:
             self._buffer = self._buffer[len(content) :]

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 MAX_LITERAL_LEN = 65536
 """Characters of a value that is tried as a Python literal; longer ones are JSON or text."""
@@ -114,7 +115,10 @@ class _Reader:
             if known and len(known) == len(branches):
                 limits.append(frozenset().union(*known))
         narrowing = [limit for limit in limits if limit is not None]
-        return (_ALL.intersection(*narrowing) or narrowing[0]) if narrowing else None
+        if not narrowing:
+            return None
+        types = _ALL.intersection(*narrowing) or narrowing[0]
+        return types | {"null"} if schema.get("nullable") is True else types
 
 
 def _declared(schema: Mapping[str, Any]) -> frozenset[str] | None:
@@ -124,8 +128,6 @@ def _declared(schema: Mapping[str, Any]) -> frozenset[str] | None:
     types = {name for name in names if isinstance(name, str) and name in _ALL}
     if "number" in types:
         types.add("integer")
-    if schema.get("nullable") is True and types:
-        types.add("null")
     values = schema.get("enum") if isinstance(schema.get("enum"), list) else None
     values = [schema["const"]] if "const" in schema else values
     if values:
@@ -144,11 +146,15 @@ def _parts(schema: Mapping[str, Any], keyword: str) -> list[Schema]:
 
 
 def _resolve(ref: str, root: Schema) -> Schema:
-    """The schema that a JSON pointer into ``root`` names, as in ``#/$defs/Unit``; None if there is none."""
-    if not ref.startswith("#"):
+    """The schema that a JSON pointer into ``root`` names, as in ``#/$defs/Unit``; None if there is none.
+
+    A reference is a URI: %20 in it stands for a space. References to another document or to an anchor are not followed.
+    """
+    start, *steps = unquote(ref).split("/")
+    if start != "#":
         return None
     found: Any = root
-    for step in ref[1:].split("/")[1:]:
+    for step in steps:
         step = step.replace("~1", "/").replace("~0", "~")
         if isinstance(found, Mapping) and step in found:
             found = found[step]
