@@ -8,12 +8,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
+from nextn.kernels import native
+
+NATIVE_HEAD_DIMS = (16, 32, 64, 128)
 MAX_FOLDED_QUERIES = 32
 """Up to this many new tokens, the query heads of one KV head are folded into one matrix product."""
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where S sequences' new tokens and all their keys are. A query at position p sees the keys first_key … p.
+
+    starts: [S] int64, each sequence's first new position
+    cu_seqlens_q: [S + 1] int64, where its new tokens begin among the batch's T
+    page_table: [S, max_pages] int64, each sequence's pages in order; shorter sequences repeat their last
+    """
+
+    starts: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    page_table: torch.Tensor
+    page_size: int
+    first_key: int
+
+    @cached_property
+    def groups(self) -> tuple[QueryGroup, ...]:
+        """The sequences by number of new tokens, as the torch reference takes them; made once per step."""
+        firsts, starts = self.cu_seqlens_q.tolist(), self.starts.tolist()
+        spans = [(start, end - first) for start, first, end in zip(starts, firsts, firsts[1:], strict=False)]
+        device = self.starts.device
+        return _make_query_groups(spans, self.page_table.tolist(), self.page_size, device, first_key=self.first_key)
+
+
+def make_attention_layout(
+    spans: Sequence[tuple[int, int]],
+    page_tables: Sequence[Sequence[int]],
+    page_size: int,
+    device: torch.device,
+    *,
+    first_key: int = 0,
+) -> AttentionLayout:
+    """spans: per sequence the first new position and the number of new tokens; page_tables: its pages, or more."""
+    counts = [-(-(start + length) // page_size) for start, length in spans]
+    max_pages = max(counts)
+    table: list[int] = []
+    for pages, count in zip(page_tables, counts, strict=True):
+        table += pages[:count]
+        table += [pages[count - 1]] * (max_pages - count)
+    ends = list(accumulate((length for _, length in spans), initial=0))
+    return AttentionLayout(
+        starts=torch.tensor([start for start, _ in spans], device=device),
+        cu_seqlens_q=torch.tensor(ends, device=device),
+        page_table=torch.tensor(table, device=device).view(len(spans), max_pages),
+        page_size=page_size,
+        first_key=first_key,
+    )
 
 
 @dataclass(frozen=True)
@@ -34,13 +88,13 @@ class QueryGroup:
     bias: torch.Tensor | None
 
 
-def make_query_groups(
+def _make_query_groups(
     spans: Sequence[tuple[int, int]],
     page_tables: Sequence[Sequence[int]],
     page_size: int,
     device: torch.device,
     *,
-    first_key: int = 0,
+    first_key: int,
 ) -> tuple[QueryGroup, ...]:
     """Group sequences by number of new tokens. A query at position p sees the keys first_key … p.
 
@@ -82,15 +136,44 @@ def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    groups: tuple[QueryGroup, ...],
+    layout: AttentionLayout,
     scale: float,
 ) -> torch.Tensor:
     """Grouped-query attention (Ainslie et al., 2023) of new tokens over paged keys and values.
 
-    q: [T, num_heads, head_dim]
+    q: [T, num_heads, head_dim]; rows may be further apart than they are long
     k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], the new tokens' entries written already
     Returns [T, num_heads, head_dim] in q's dtype; softmax in float32.
     """
+    if (
+        native.cpu is not None
+        and q.dtype == torch.float32
+        and native.suits(k_cache)
+        and native.suits(v_cache)
+        and q.shape[2] in NATIVE_HEAD_DIMS
+        and q.stride()[1:] == (q.shape[2], 1)
+    ):
+        out = q.new_empty(q.shape)
+        native.cpu.paged_attention(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            q.shape[1],
+            k_cache.shape[2],
+            q.shape[2],
+            layout.page_size,
+            layout.starts.shape[0],
+            layout.starts.data_ptr(),
+            layout.cu_seqlens_q.data_ptr(),
+            layout.page_table.data_ptr(),
+            layout.page_table.shape[1],
+            layout.first_key,
+            scale,
+            out.data_ptr(),
+        )
+        return out
+    groups = layout.groups
     if len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _attend(q, k_cache, v_cache, groups[0], scale)
     out = q.new_empty(q.shape)

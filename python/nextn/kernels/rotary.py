@@ -16,11 +16,13 @@ class RotaryTable:
 
     cos, sin: [max_positions, head_dim] float32; sin is negative on the first half of each pair
     partner: [head_dim] int64, the dimension each one is paired with (itself where not rotated)
+    rotary_dim: how many dimensions are rotated
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     partner: torch.Tensor
+    rotary_dim: int
 
 
 def make_rotary_table(
@@ -38,7 +40,7 @@ def make_rotary_table(
     partner = torch.arange(head_dim)
     partner[:half] += half
     partner[half:rotary_dim] -= half
-    return RotaryTable(cos.to(device), sin.to(device), partner.to(device))
+    return RotaryTable(cos.to(device), sin.to(device), partner.to(device), rotary_dim)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:

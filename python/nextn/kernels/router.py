@@ -6,12 +6,14 @@ Floor: the gate's weight [E, H] in float32, read once; at small batches limited 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from nextn.kernels import native
+from nextn.kernels.linear import PackedWeight, linear
 
 
 def route(
     x: torch.Tensor,
-    gate_weight: torch.Tensor,
+    gate: PackedWeight,
     correction_bias: torch.Tensor,
     *,
     top_k: int,
@@ -25,10 +27,27 @@ def route(
     The choice maximises sigmoid(x · gate) + bias, within the topk_group groups whose two best experts score highest in
     sum. The weights are the chosen experts' unbiased scores, divided by their sum if norm_topk_prob, times the factor.
 
-    x: [T, H]; gate_weight: [E, H] float32; correction_bias: [E] float32
+    x: [T, H]; gate: [E, H] float32; correction_bias: [E] float32
     Returns weights [T, top_k] float32 and expert ids [T, top_k] int64.
     """
-    scores = F.linear(x.float(), gate_weight).sigmoid_()
+    if gate.descriptor is not None and native.cpu is not None and native.suits(x):
+        weights = x.new_empty(x.shape[0], top_k)
+        ids = torch.empty(x.shape[0], top_k, dtype=torch.int64)
+        native.cpu.route(
+            gate.address,
+            correction_bias.data_ptr(),
+            x.data_ptr(),
+            x.shape[0],
+            top_k,
+            n_group,
+            topk_group,
+            norm_topk_prob,
+            routed_scaling_factor,
+            weights.data_ptr(),
+            ids.data_ptr(),
+        )
+        return weights, ids
+    scores = linear(x.float(), gate).sigmoid_()
     biased = scores + correction_bias
     if n_group > 1:
         grouped = biased.view(x.shape[0], n_group, -1)

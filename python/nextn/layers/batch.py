@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nextn.kernels.paged_attention import QueryGroup, make_query_groups
+from nextn.kernels.paged_attention import AttentionLayout, make_attention_layout
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class ExtendBatch:
 
     positions: [T] int64
     slot_mapping: [T] int64, page · page_size + offset, where the token's KV goes
-    groups: the sequences by number of new tokens, for the attention kernel
+    layout: which tokens belong to which sequence, and where its keys are, for the attention kernel
     """
 
     positions: torch.Tensor
     slot_mapping: torch.Tensor
-    groups: tuple[QueryGroup, ...]
+    layout: AttentionLayout
 
 
 def make_extend_batch(
@@ -47,5 +47,5 @@ def make_extend_batch(
     return ExtendBatch(
         positions=torch.tensor(positions, device=device),
         slot_mapping=torch.tensor(slots, device=device),
-        groups=make_query_groups(spans, page_tables, page_size, device, first_key=first_key),
+        layout=make_attention_layout(spans, page_tables, page_size, device, first_key=first_key),
     )

@@ -34,7 +34,7 @@ class OutputHead(nn.Module):
         super().__init__()
         self.name = name
         self.weight = weight
-        self.packed = PackedWeight(weight, None)
+        self.packed = PackedWeight(weight, weight.t(), None)
 
     @classmethod
     def untied(cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype) -> OutputHead:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from nextn.kernels.linear import PackedWeight, linear, pack_weight
-from nextn.layers.storage import Shard, Slot, expand, make_scales, make_weight, weight_slots
+from nextn.kernels.linear import PackedWeight, linear
+from nextn.layers.storage import Shard, Slot, make_scales, make_weight, pack, weight_slots
 from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
 
 
@@ -37,7 +37,7 @@ class Linear(nn.Module):
         self.scales = make_scales(shards, in_features, self.scheme)
         rows = sum(shard.num_rows for shard in shards)
         self.bias = torch.empty(rows, dtype=dtype) if bias else None
-        self.packed = PackedWeight(self.weight, None)
+        self.packed = PackedWeight(self.weight, self.weight.t(), self.bias)
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from weight_slots(self.shards, self.scheme, self.weight, self.scales)
@@ -47,10 +47,10 @@ class Linear(nn.Module):
 
     def prepare(self) -> None:
         """Once loaded: replace FP8 codes and scales by their product, and lay the weight out for the CPU."""
-        self.weight = expand(self.shards, self.scheme, self.weight, self.scales, self.dtype)
+        self.packed = pack(self.shards, self.scheme, self.weight, self.scales, self.dtype, self.bias)
+        self.weight = self.packed.weight
         self.scales = None
-        self.packed = pack_weight(self.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, in_features]. Returns [T, Σ rows]."""
-        return linear(x, self.packed, self.bias)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [T, in_features]; residual: [T, Σ rows]. Returns [T, Σ rows]."""
+        return linear(x, self.packed, residual)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nextn.kernels.silu_mul import silu_mul
+from nextn.kernels.fused_moe import PackedExperts, dense_mlp, pack_experts
 from nextn.layers.linear import Linear
 from nextn.layers.storage import Shard, Slot
 from nextn.quantization.scheme import QuantizationConfig
@@ -35,10 +35,19 @@ class MLP(nn.Module):
             intermediate_size, [Shard(f"{prefix}.down_proj", hidden_size)], quant_config, dtype=dtype
         )
 
+        self.packed = self._pack()
+
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.gate_up_proj.weight_slots()
         yield from self.down_proj.weight_slots()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, H]. Returns [T, H]."""
-        return self.down_proj.forward(silu_mul(self.gate_up_proj.forward(x)))
+    def prepare(self) -> None:
+        """Once loaded, and its linears prepared: put the two together."""
+        self.packed = self._pack()
+
+    def _pack(self) -> PackedExperts:
+        return pack_experts((), (), (self.gate_up_proj.packed, self.down_proj.packed))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x, residual: [T, H]. Returns [T, H], residual + mlp(x)."""
+        return dense_mlp(x, self.packed, residual)

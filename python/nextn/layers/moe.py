@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fused_moe import fused_moe
+from nextn.kernels.fused_moe import PackedExperts, fused_moe, pack_experts
+from nextn.kernels.linear import PackedWeight, pack_weight
 from nextn.kernels.router import route
 from nextn.layers.mlp import MLP
-from nextn.layers.storage import ScaleStorage, Shard, Slot, expand, make_scales, make_weight, weight_slots
+from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, weight_slots
 from nextn.quantization.scheme import UNQUANTIZED, LinearScheme, QuantizationConfig
 
 
@@ -34,6 +36,8 @@ class MoE(nn.Module):
             if shared_size
             else None
         )
+        self.packed_gate = PackedWeight(self.gate, self.gate.t(), None)
+        self.packed = self._pack()
 
     def weight_slots(self) -> Iterator[Slot]:
         yield f"{self.prefix}.gate.weight", self.gate
@@ -42,12 +46,25 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             yield from self.shared_experts.weight_slots()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, H]. Returns [T, H]."""
+    def prepare(self) -> None:
+        """Once loaded, and the experts prepared: put routed and shared experts together."""
+        self.packed_gate = pack_weight(self.gate)
+        self.packed = self._pack()
+
+    def _pack(self) -> PackedExperts:
+        shared = self.shared_experts
+        return pack_experts(
+            self.experts.packed_w13,
+            self.experts.packed_w2,
+            None if shared is None else (shared.gate_up_proj.packed, shared.down_proj.packed),
+        )
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x, residual: [T, H]. Returns [T, H], residual + moe(x)."""
         config = self.config
         weights, ids = route(
             x,
-            self.gate,
+            self.packed_gate,
             self.e_score_correction_bias,
             top_k=config.num_experts_per_tok,
             n_group=config.n_group,
@@ -55,8 +72,7 @@ class MoE(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
         )
-        routed = fused_moe(x, ids, weights, *self.experts.views)
-        return routed if self.shared_experts is None else routed.add_(self.shared_experts.forward(x))
+        return fused_moe(x, ids, weights, self.packed, residual)
 
 
 ExpertShards = list[tuple[Shard, ...]]
@@ -67,7 +83,7 @@ class Experts(nn.Module):
     """The routed experts' weights, stacked. A fused module is quantized as one, so all experts share a scheme.
 
     w13: [E, 2I, H], gate rows first; w2: [E, H, I]
-    views: per expert [H, 2I] and [I, H], views of the two
+    packed_w13, packed_w2: per expert the same, ready to multiply
     """
 
     def __init__(
@@ -87,7 +103,8 @@ class Experts(nn.Module):
         self.w2 = _stack(self.w2_shards, inner, self.w2_scheme, dtype)
         self.w13_scales = [make_scales(shards, hidden, self.w13_scheme) for shards in self.w13_shards]
         self.w2_scales = [make_scales(shards, inner, self.w2_scheme) for shards in self.w2_shards]
-        self.views = _transposed_views(self.w13, self.w2)
+        self.packed_w13 = tuple(PackedWeight(w, w.t(), None) for w in self.w13)
+        self.packed_w2 = tuple(PackedWeight(w, w.t(), None) for w in self.w2)
 
     def weight_slots(self) -> Iterator[Slot]:
         for e, shards in enumerate(self.w13_shards):
@@ -97,16 +114,10 @@ class Experts(nn.Module):
 
     def prepare(self) -> None:
         """Once loaded: replace FP8 codes and scales by their product in the computing type."""
-        self.w13 = _expand_stack(self.w13_shards, self.w13_scheme, self.w13, self.w13_scales, self.dtype)
+        self.w13, self.packed_w13 = _pack_stack(self.w13_shards, self.w13_scheme, self.w13, self.w13_scales, self.dtype)
         self.w13_scales = [None] * len(self.w13_shards)
-        self.w2 = _expand_stack(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales, self.dtype)
+        self.w2, self.packed_w2 = _pack_stack(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales, self.dtype)
         self.w2_scales = [None] * len(self.w2_shards)
-        self.views = _transposed_views(self.w13, self.w2)
-
-
-def _transposed_views(w13: torch.Tensor, w2: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Each expert's matrices as a product takes them; made once, since making a view costs as much as using it."""
-    return w13.transpose(1, 2).unbind(0), w2.transpose(1, 2).unbind(0)
 
 
 def _scheme(quant_config: QuantizationConfig | None, shards: ExpertShards) -> LinearScheme:
@@ -118,14 +129,18 @@ def _stack(shards: ExpertShards, in_features: int, scheme: LinearScheme, dtype: 
     return torch.empty(len(shards), *one.shape, dtype=one.dtype)
 
 
-def _expand_stack(
+def _pack_stack(
     shards: ExpertShards,
     scheme: LinearScheme,
     stacked: torch.Tensor,
     scales: list[ScaleStorage | None],
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, tuple[PackedWeight, ...]]:
+    """The expanded stack, and its experts ready to multiply, which are views of it."""
     out = torch.empty(stacked.shape, dtype=dtype)
+    packed = []
     for e, of_one in enumerate(shards):
-        out[e] = expand(of_one, scheme, stacked[e], scales[e], dtype)
-    return out
+        one = pack(of_one, scheme, stacked[e], scales[e], dtype)
+        out[e] = one.weight
+        packed.append(replace(one, weight=out[e], transposed=out[e].t()))
+    return out, tuple(packed)

@@ -6,11 +6,12 @@ from torch import nn
 
 from nextn.layers.embedding import OutputHead
 from nextn.layers.linear import Linear
-from nextn.layers.moe import Experts
+from nextn.layers.mlp import MLP
+from nextn.layers.moe import Experts, MoE
 
 
 def prepare_weights(model: nn.Module) -> None:
-    """Expand FP8 weights by their scales and lay matrices out for the CPU, one module at a time."""
-    for module in model.modules():
-        if isinstance(module, Linear | Experts | OutputHead):
+    """Expand FP8 weights by their scales and lay matrices out for the CPU; parts before what is made of them."""
+    for module in reversed(list(model.modules())):
+        if isinstance(module, Linear | Experts | OutputHead | MLP | MoE):
             module.prepare()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.kernels.fp8_matmul import dequantize
+from nextn.kernels.linear import PackedWeight, pack_weight
 from nextn.quantization.scheme import LinearScheme
 
 Slot = tuple[str, torch.Tensor]
@@ -87,6 +88,24 @@ def expand(
         out[rows] = dequantize(weight[rows], scales.weight_scale[scale_row:scale_end], scheme.block)
         row, scale_row = rows.stop, scale_end
     return out
+
+
+def pack(
+    shards: Sequence[Shard],
+    scheme: LinearScheme,
+    weight: torch.Tensor,
+    scales: ScaleStorage | None,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> PackedWeight:
+    """The weight ready to multiply: dequantized, and beside that as FP8 where a scale per row says all of it."""
+    expanded = expand(shards, scheme, weight, scales, dtype)
+    if scales is None or scheme.kind == "fp8_block":
+        return pack_weight(expanded, bias)
+    per_row = scales.weight_scale.view(-1)
+    if scheme.kind == "fp8_tensor":
+        per_row = per_row.repeat_interleave(torch.tensor([shard.num_rows for shard in shards]))
+    return pack_weight(expanded, bias, codes=weight, scale=per_row)
 
 
 def _scale_rows(shard: Shard, scheme: LinearScheme) -> int:

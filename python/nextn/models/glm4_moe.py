@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
+from nextn.kernels.rope_and_cache import Rotation
 from nextn.kernels.rotary import make_rotary_table
-from nextn.layers.attention import Attention, Rotation
+from nextn.layers.attention import Attention
 from nextn.layers.batch import ExtendBatch
 from nextn.layers.embedding import Embedding, OutputHead
 from nextn.layers.kv_cache import KVCache
@@ -48,8 +49,8 @@ class Glm4MoeDecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
         """x: [T, H], the residual stream. Returns [T, H]."""
-        x = x + self.self_attn.forward(self.input_layernorm.forward(x), rotation, batch, kv_cache)
-        return x + self.mlp.forward(self.post_attention_layernorm.forward(x))
+        x = self.self_attn.forward(self.input_layernorm.forward(x), rotation, batch, kv_cache, residual=x)
+        return self.mlp.forward(self.post_attention_layernorm.forward(x), residual=x)
 
 
 class Glm4MoeForCausalLM(nn.Module):

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
+from nextn.kernels.rope_and_cache import Rotation
 from nextn.kernels.rotary import make_rotary_table
-from nextn.layers.attention import Rotation
 from nextn.layers.batch import ExtendBatch
 from nextn.layers.embedding import Embedding, OutputHead
 from nextn.layers.kv_cache import KVCache
