@@ -33,7 +33,8 @@ def make_engine(tiny_checkpoint: Path) -> EngineFactory:
     """Builds an engine over the tiny checkpoint; keyword arguments are EngineConfig's."""
 
     def make(**options: Any) -> Engine:
-        return Engine(EngineConfig(**{"model_path": str(tiny_checkpoint), "max_running_requests": 16, **options}))
+        defaults = {"model_path": str(tiny_checkpoint), "max_running_requests": 16, "num_draft_steps": 3}
+        return Engine(EngineConfig(**{**defaults, **options}))
 
     return make
 

@@ -55,6 +55,7 @@ class SamplingParams:
         return TokenSampling(
             max_new_tokens=self.max_new_tokens,
             seed=seed,
+            has_own_seed=self.seed is not None,
             min_new_tokens=self.min_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
+from nextn.kernels import native
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 
@@ -20,6 +21,15 @@ PAGE_SIZE = 8
 CPU = torch.device("cpu")
 RELATIVE = 1e-4
 """Of the largest logit: float32 sums in another order differ by about 1e-6 per layer."""
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here runs on the compiled kernels and on their torch references."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "cpu", None)
+    elif native.cpu is None:
+        pytest.skip("the installation had no C compiler")
 
 
 def load(folder: Path) -> LoadedModel:

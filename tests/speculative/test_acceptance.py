@@ -9,21 +9,24 @@ import pytest
 import torch
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
 from nextn.kernels.sampling import sample_tokens
-from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
+from nextn.speculative.acceptance import verify_greedy, verify_sampled
 from scipy import stats
 
 
 def test_greedy_keeps_drafts_up_to_the_first_difference() -> None:
-    target = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    drafts = torch.tensor([[1, 2, 3], [1, 9, 3], [9, 2, 3], [1, NO_DRAFT, NO_DRAFT]])
-    num_accepted, final = verify_greedy(target, drafts)
-    assert num_accepted.tolist() == [3, 1, 0, 1]
-    assert final.tolist() == [4, 2, 1, 2]
+    chains = [[1, 2, 3], [1, 9, 3], [9, 2, 3], [1], []]
+    num_accepted, final = verify_greedy([1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 7], chains)
+    assert num_accepted == [3, 1, 0, 1, 0]
+    assert final == [4, 2, 1, 2, 7]
 
 
 def test_widths_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="the chains need 4 target rows, found 3"):
+        verify_greedy([0, 0, 0], [[0, 0, 0]])
     with pytest.raises(ValueError, match="3 drafts need 4 target rows, found 3"):
-        verify_greedy(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+        verify_sampled(
+            torch.ones(1, 3, 2), torch.ones(1, 3, 2), torch.zeros(1, 3, dtype=torch.int64), *torch.rand(2, 1, 4)
+        )
 
 
 def markov(seed: int, vocab: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ class EngineConfig:
     context_length: None takes max_position_embeddings
     max_total_tokens: KV slots in all; None picks a size from memory
     chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts
-    num_draft_steps: drafts per step; None is 3 when the checkpoint has a NextN layer and 0 when it has none
+    num_draft_steps: drafts per step; None lets the policy choose 0 … 5 where the checkpoint has a NextN layer
     """
 
     model_path: str

@@ -82,7 +82,7 @@ class ServerArgs:
         kind=str,
     )
     speculative_num_steps: int | None = _option(
-        None, _SPECULATION, "drafts per step; default: 3", kind=int, least=0, most=5
+        None, _SPECULATION, "drafts per step; default: as many as measurably pay", kind=int, least=0, most=5
     )
     speculative_eagle_topk: int | None = _option(
         None, _SPECULATION, "branches per draft step; only 1, a chain", kind=int

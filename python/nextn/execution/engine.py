@@ -20,9 +20,14 @@ from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler, SchedulerConfig
 from nextn.scheduler.sequence import Sequence
 from nextn.speculative.cycle import SpeculativeCycle
+from nextn.speculative.policy import DraftLengthPolicy
 from nextn.speculative.proposer import NextNProposer
 
 DEFAULT_NUM_DRAFT_STEPS = 3
+"""Drafts of a request that samples with its own seed, whatever the policy prefers for others."""
+
+MAX_NUM_DRAFT_STEPS = 5
+"""The most that the policy tries."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +46,11 @@ class Engine:
         self._loaded = load_model(config, device=device, dtype=_dtype(config.dtype), want_draft=_wants_draft(config))
         model_config, draft = self._loaded.model_config, self._loaded.draft
         num_drafts = config.num_draft_steps
+        self._policy: DraftLengthPolicy | None = None
         if num_drafts is None:
             num_drafts = DEFAULT_NUM_DRAFT_STEPS if draft is not None else 0
-        self.num_draft_steps = num_drafts
+            self._policy = DraftLengthPolicy(MAX_NUM_DRAFT_STEPS) if draft is not None else None
+        self.max_draft_steps = num_drafts if self._policy is None else MAX_NUM_DRAFT_STEPS
 
         context = config.context_length or model_config.max_position_embeddings
         num_layers = model_config.num_hidden_layers + (draft is not None)
@@ -86,16 +93,16 @@ class Engine:
             ),
             KVPages(num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
         )
-        self._counters = _Counters(num_drafts)
+        self._counters = _Counters(self.max_draft_steps)
         self._warm_up()
         self.load_seconds = time.monotonic() - started
         logger.info(
-            "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %d drafts per step; ready after %.1f s",
+            "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
             self._loaded.report.as_table(),
             num_pages * config.page_size,
             num_pages,
             num_pages * config.page_size * kv_bytes_per_token(model_config, num_layers, dtype) / 2**20,
-            num_drafts,
+            num_drafts if self._policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )
 
@@ -114,7 +121,7 @@ class Engine:
         while self.has_work:
             self.step()
         self.scheduler.pages.flush()
-        self._counters = _Counters(self.num_draft_steps)
+        self._counters = _Counters(self.max_draft_steps)
         self.scheduler.num_preemptions = 0
 
     @property
@@ -175,10 +182,15 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
-        extends = self.scheduler.schedule()
+        policy, num_decoding = self._policy, self.scheduler.num_decoding
+        num_drafts = policy.choose(num_decoding) if policy is not None and num_decoding else None
+        extends = self.scheduler.schedule(num_drafts)
         if not extends:
             return []
+        started = time.perf_counter()
         decisions = self._cycle.run(extends)
+        if policy is not None:
+            _tell(policy, extends, decisions, time.perf_counter() - started)
         outputs = []
         for extend, decision in zip(extends, decisions, strict=True):
             is_first = extend.seq.num_output == 0
@@ -241,7 +253,8 @@ class Engine:
         stats = self.stats()
         return {
             "engine_config": asdict(self.config),
-            "num_draft_steps": self.num_draft_steps,
+            "num_draft_steps": self.max_draft_steps,
+            "draft_policy": None if self._policy is None else {"acceptance": list(self._policy.acceptance)},
             "context_length": self.context_length,
             "max_total_tokens": stats.num_pages * stats.page_size,
             "load_report": self._loaded.report.as_dict(),
@@ -251,6 +264,18 @@ class Engine:
             "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),
         }
+
+
+def _tell(policy: DraftLengthPolicy, extends: list[Extend], decisions: list[Decision], seconds: float) -> None:
+    """What the policy can learn from a step: always acceptance, and its cost if every sequence did the same."""
+    policy.observe_acceptance(
+        (extend.num_drafts, decision.num_accepted)
+        for extend, decision in zip(extends, decisions, strict=True)
+        if extend.num_drafts
+    )
+    num_drafts = extends[0].num_drafts
+    if all(extend.num_tokens == 1 and extend.decides and extend.num_drafts == num_drafts for extend in extends):
+        policy.observe(len(extends), num_drafts, seconds)
 
 
 class _Counters:

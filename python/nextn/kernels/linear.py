@@ -7,6 +7,7 @@ FP8 codes and bfloat16 values as they are, so that a small model stays in a CPU'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class PackedWeight:
     weight: [N, K] in the computing type; transposed: a view of it, [K, N]; bias: [N] or None
     panels, scales, biases: what the compiled kernel reads (see cpu_kernels.c); None where it does not serve the weight
     descriptor: int64 addresses and sizes of those, as the kernel's Weight
+    address: of the descriptor; 0 where the compiled kernel does not serve the weight
+    num_rows: N
     """
 
     weight: torch.Tensor
@@ -36,15 +39,11 @@ class PackedWeight:
     scales: torch.Tensor | None = None
     biases: torch.Tensor | None = None
     descriptor: torch.Tensor | None = None
+    address: int = 0
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return self.weight.shape[0]
-
-    @property
-    def address(self) -> int:
-        """Of the descriptor; 0 where the compiled kernel does not serve the weight."""
-        return 0 if self.descriptor is None else self.descriptor.data_ptr()
 
 
 def pack_weight(
@@ -74,7 +73,7 @@ def pack_weight(
     biases = None if bias is None else _padded(bias.float())
     addresses = [0 if t is None else t.data_ptr() for t in (panels, scales, biases)]
     descriptor = torch.tensor([*addresses, num_rows, width, kind])
-    return PackedWeight(weight, weight.t(), bias, panels, scales, biases, descriptor)
+    return PackedWeight(weight, weight.t(), bias, panels, scales, biases, descriptor, descriptor.data_ptr())
 
 
 def _panels(weight: torch.Tensor, columns: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
@@ -94,7 +93,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor | None 
     x: [M, K]; residual: [M, N] or None
     Returns [M, N] in x's dtype.
     """
-    if weight.descriptor is not None and native.cpu is not None and native.suits(x):
+    if weight.address and native.cpu is not None and native.suits(x):
         out = x.new_empty(x.shape[0], weight.num_rows)
         added = 0 if residual is None else residual.data_ptr()
         native.cpu.linear(weight.address, x.data_ptr(), x.shape[0], added, out.data_ptr())

@@ -19,4 +19,4 @@ except ImportError:
 
 def suits(x: torch.Tensor) -> bool:
     """Whether the compiled kernels can take this tensor."""
-    return cpu is not None and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    return cpu is not None and x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()

@@ -30,7 +30,7 @@ def route(
     x: [T, H]; gate: [E, H] float32; correction_bias: [E] float32
     Returns weights [T, top_k] float32 and expert ids [T, top_k] int64.
     """
-    if gate.descriptor is not None and native.cpu is not None and native.suits(x):
+    if gate.address and native.cpu is not None and native.suits(x):
         weights = x.new_empty(x.shape[0], top_k)
         ids = torch.empty(x.shape[0], top_k, dtype=torch.int64)
         native.cpu.route(

@@ -70,4 +70,4 @@ class Attention(nn.Module):
         k_cache, v_cache = kv_cache.k[self.layer], kv_cache.v[self.layer]
         q = rope_and_cache(qkv, self.qk_norm, self.eps, rotation, batch.slot_mapping, k_cache, v_cache)
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale)
-        return self.o_proj.forward(attended.view(x.shape[0], -1), residual)
+        return self.o_proj.forward(attended.reshape(x.shape[0], -1), residual)

@@ -18,10 +18,12 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: > 1 discourages tokens of prompt and output (Keskar et al., 2019)
     presence_penalty, frequency_penalty: OpenAI's, over the output only
     seed: keys the counter-based random numbers, together with the position
+    has_own_seed: the seed is the client's, so that the same request must give the same tokens again
     """
 
     max_new_tokens: int
     seed: int
+    has_own_seed: bool = True
     min_new_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0

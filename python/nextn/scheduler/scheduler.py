@@ -18,7 +18,7 @@ from nextn.scheduler.sequence import Sequence, Status
 @dataclass(frozen=True)
 class SchedulerConfig:
     """max_prefill_tokens: most prompt tokens computed in one step; 0 is no bound
-    num_drafts: drafts per verify step
+    num_drafts: drafts per verify step; a step may be given fewer (or more) for the sequences that allow it
     by_priority: larger ``priority`` first, else first come, first served
     """
 
@@ -84,6 +84,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     @property
+    def num_decoding(self) -> int:
+        """Running sequences whose next step decides a token over a computed context."""
+        return sum(seq.is_decoding for seq in self.running)
+
+    @property
     def is_full(self) -> bool:
         return len(self.waiting) >= self._config.max_queued
 
@@ -111,13 +116,16 @@ class Scheduler:
         """Smaller runs first and is preempted last."""
         return (-seq.request.priority if self._config.by_priority else 0, seq.arrival)
 
-    def schedule(self) -> list[Extend]:
-        """Choose the next step's extends and give each the pages it needs, preempting the last in rank if need be."""
+    def schedule(self, num_drafts: int | None = None) -> list[Extend]:
+        """Choose the next step's extends and give each the pages it needs, preempting the last in rank if need be.
+
+        num_drafts: drafts of sequences whose output does not depend on that number; None is the config's
+        """
         extends: list[Extend] = []
         budget = self._config.max_prefill_tokens or 1 << 60
         preempted = False
         for seq in sorted(self.running, key=self._rank):
-            extend = self._plan(seq, budget) if seq.status is Status.RUNNING else None
+            extend = self._plan(seq, budget, num_drafts) if seq.status is Status.RUNNING else None
             while extend is not None and not self._make_room(extend):
                 # The last in rank stands at or after seq in this loop, so nothing planned so far is lost.
                 victim = max(self.running, key=self._rank)
@@ -129,9 +137,10 @@ class Scheduler:
                 budget -= 0 if seq.is_decoding else extend.num_tokens
         return extends if preempted else extends + self._admit(budget)
 
-    def _plan(self, seq: Sequence, budget: int) -> Extend | None:
+    def _plan(self, seq: Sequence, budget: int, num_drafts: int | None = None) -> Extend | None:
         if seq.is_decoding:
-            drafts = min(self._config.num_drafts, seq.max_new_tokens - seq.num_output - 1) if seq.has_draft_state else 0
+            wanted = self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
+            drafts = min(wanted, seq.max_new_tokens - seq.num_output - 1) if seq.has_draft_state else 0
             return Extend(seq, seq.num_computed, 1, max(drafts, 0), decides=True)
         num_tokens = min(budget, seq.compute_target - seq.num_computed)
         if num_tokens <= 0:

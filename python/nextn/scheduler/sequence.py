@@ -75,6 +75,12 @@ class Sequence:
     def is_decoding(self) -> bool:
         return self.num_output > 0 and self.num_computed == len(self.tokens) - 1
 
+    @property
+    def needs_fixed_drafts(self) -> bool:
+        """Which tokens a seed draws depends on where drafts stood; greedy output does not."""
+        sampling = self.request.sampling
+        return sampling.has_own_seed and not sampling.is_greedy
+
     def append(self, new_tokens: list[int]) -> list[int]:
         """Append decided tokens up to the first that ends the request; set ``finish_reason`` if one does.
 

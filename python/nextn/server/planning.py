@@ -101,6 +101,7 @@ def _sampling(services: Services, prompt: Prompt, wish: Wish) -> TokenSampling:
         max_new_tokens=max(num_output, 1),
         min_new_tokens=min_tokens,
         seed=services.new_seed() if wish.seed is None else wish.seed,
+        has_own_seed=wish.seed is not None,
         defaults=services.defaults,
         vocab_size=ready.vocab_size,
         prefix=wish.prefix,

@@ -1,10 +1,12 @@
 """Which drafts to keep, and the one token that follows them.
 
-Both rules take drafts padded to the longest chain; a position without a draft ends the accepted run, and its token
-comes from the target alone.
+A chain that is shorter than others ends the accepted run like a rejection, and the token there comes from the target
+alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,17 +16,27 @@ NO_DRAFT = -1
 """Stands where a chain is shorter than the longest of the batch."""
 
 
-def verify_greedy(target_tokens: torch.Tensor, draft_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def verify_greedy(target_tokens: Sequence[int], chains: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     """Keep drafts as long as each equals the target's most likely token.
 
-    target_tokens: [n, k + 1] int64, the target's choice after the root and after each draft
-    draft_tokens: [n, k] int64, NO_DRAFT beyond a chain's end
-    Returns the number of accepted drafts [n] int64 and the token that follows them [n] int64.
-    Raises ValueError if k differs between the two.
+    target_tokens: the target's choice after the root and after each draft, len(chain) + 1 per chain, chain by chain
+    Returns per chain the number of accepted drafts and the token that follows them.
+    Raises ValueError if the lengths do not fit.
     """
-    _check_widths(target_tokens.shape[1], draft_tokens.shape[1])
-    num_accepted = (draft_tokens == target_tokens[:, :-1]).cumprod(1).sum(1)
-    return num_accepted, target_tokens.gather(1, num_accepted[:, None])[:, 0]
+    num_rows = sum(len(chain) + 1 for chain in chains)
+    if len(target_tokens) != num_rows:
+        raise ValueError(f"the chains need {num_rows} target rows, found {len(target_tokens)}")
+    num_accepted: list[int] = []
+    final: list[int] = []
+    root = 0
+    for chain in chains:
+        accepted = 0
+        while accepted < len(chain) and chain[accepted] == target_tokens[root + accepted]:
+            accepted += 1
+        num_accepted.append(accepted)
+        final.append(target_tokens[root + accepted])
+        root += len(chain) + 1
+    return num_accepted, final
 
 
 def verify_sampled(

@@ -111,27 +111,26 @@ class SpeculativeCycle:
         logits: [R, V] float32; rows: R, len(chain) + 1 per chain
         Returns per chain the number of accepted drafts and the token that follows.
         """
+        logits = adjust_logits(logits, rows)
+        if all(row.sampling.is_greedy for row in rows):
+            return verify_greedy(logits.argmax(-1).tolist(), chains)
         num_drafts = max(len(chain) for chain in chains)
         draft_tokens = torch.tensor(
             [chain + [NO_DRAFT] * (num_drafts - len(chain)) for chain in chains], dtype=torch.int64, device=self._device
         ).view(len(chains), num_drafts)
         padded = torch.tensor(_padded_rows(chains, num_drafts), device=self._device)
-        logits = adjust_logits(logits, rows)
-        if all(row.sampling.is_greedy for row in rows):
-            num_accepted, final = verify_greedy(logits.argmax(-1)[padded], draft_tokens)
-        else:
-            target_probs = probs_of_rows(logits, rows)[padded]
-            seeds = [rows[first].sampling.seed for first in padded[:, 0].tolist()]
-            starts = [rows[first].position for first in padded[:, 0].tolist()]
-            positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(num_drafts + 1)
-            seed_tensor = torch.tensor(seeds, dtype=torch.int64, device=self._device)
-            num_accepted, final = verify_sampled(
-                target_probs,
-                self._draft_probs(chains, drafts, target_probs),
-                draft_tokens,
-                random_uniform(seed_tensor, positions[:, :num_drafts], ACCEPT_STREAM),
-                random_uniform(seed_tensor, positions, FINAL_STREAM),
-            )
+        target_probs = probs_of_rows(logits, rows)[padded]
+        seeds = [rows[first].sampling.seed for first in padded[:, 0].tolist()]
+        starts = [rows[first].position for first in padded[:, 0].tolist()]
+        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(num_drafts + 1)
+        seed_tensor = torch.tensor(seeds, dtype=torch.int64, device=self._device)
+        num_accepted, final = verify_sampled(
+            target_probs,
+            self._draft_probs(chains, drafts, target_probs),
+            draft_tokens,
+            random_uniform(seed_tensor, positions[:, :num_drafts], ACCEPT_STREAM),
+            random_uniform(seed_tensor, positions, FINAL_STREAM),
+        )
         return num_accepted.tolist(), final.tolist()
 
     @staticmethod
