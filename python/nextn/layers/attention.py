@@ -66,8 +66,22 @@ class Attention(nn.Module):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the tokens' KV, attend over all of it. x: [T, H], normed; residual: [T, H], added. Returns [T, H]."""
-        qkv = self.qkv_proj.forward(x).view(x.shape[0], -1, self.head_dim)
-        k_cache, v_cache = kv_cache.k[self.layer], kv_cache.v[self.layer]
-        q = rope_and_cache(qkv, self.qk_norm, self.eps, rotation, batch.slot_mapping, k_cache, v_cache)
+        q, k_cache, v_cache = self._project(x, rotation, batch.slot_mapping, kv_cache)
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale)
         return self.o_proj.forward(attended.reshape(x.shape[0], -1), residual)
+
+    def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
+        """Only write the tokens' KV. x: [T, H], normed; slot_mapping: [T] int64."""
+        self._project(x, rotation, slot_mapping, kv_cache)
+
+    def _project(
+        self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, num_heads, head_dim], and the layer's caches with the tokens' keys and values written."""
+        qkv = self.qkv_proj.forward(x).view(x.shape[0], -1, self.head_dim)
+        k_cache, v_cache = kv_cache.k[self.layer], kv_cache.v[self.layer]
+        return (
+            rope_and_cache(qkv, self.qk_norm, self.eps, rotation, slot_mapping, k_cache, v_cache),
+            k_cache,
+            v_cache,
+        )

@@ -38,14 +38,22 @@ def make_extend_batch(
     page_tables: per sequence its pages, enough for start + length tokens
     first_key: the first position that may be attended to (the draft layer has no entry at 0)
     """
+    positions, slot_mapping = place_tokens(spans, page_tables, page_size, device)
+    return ExtendBatch(
+        positions=positions,
+        slot_mapping=slot_mapping,
+        layout=make_attention_layout(spans, page_tables, page_size, device, first_key=first_key),
+    )
+
+
+def place_tokens(
+    spans: Sequence[tuple[int, int]], page_tables: Sequence[Sequence[int]], page_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions and slot_mapping of a batch, [T] int64 each; arguments as for ``make_extend_batch``."""
     positions: list[int] = []
     slots: list[int] = []
     for (start, length), pages in zip(spans, page_tables, strict=True):
         span = range(start, start + length)
         positions += span
         slots += [pages[p // page_size] * page_size + p % page_size for p in span]
-    return ExtendBatch(
-        positions=torch.tensor(positions, device=device),
-        slot_mapping=torch.tensor(slots, device=device),
-        layout=make_attention_layout(spans, page_tables, page_size, device, first_key=first_key),
-    )
+    return torch.tensor(positions, device=device), torch.tensor(slots, device=device)

@@ -52,6 +52,10 @@ class Glm4MoeDecoderLayer(nn.Module):
         x = self.self_attn.forward(self.input_layernorm.forward(x), rotation, batch, kv_cache, residual=x)
         return self.mlp.forward(self.post_attention_layernorm.forward(x), residual=x)
 
+    def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
+        """Only write the tokens' KV, where nothing reads the output. x: [T, H]; slot_mapping: [T] int64."""
+        self.self_attn.write_kv(self.input_layernorm.forward(x), rotation, slot_mapping, kv_cache)
+
 
 class Glm4MoeForCausalLM(nn.Module):
     """Embedding, num_hidden_layers blocks, a final norm, and an output head.

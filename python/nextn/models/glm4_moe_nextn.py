@@ -101,11 +101,32 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         hidden_states: [T, H], normed: the target's at the position before, or this layer's own output while drafting
         Returns h', [T, H], normed: for ``compute_logits`` and for the next draft.
         """
-        x = self.eh_proj.forward(
-            torch.cat([self.enorm.forward(self.embed_tokens.forward(input_ids)), self.hnorm.forward(hidden_states)], -1)
-        )
+        x = self._combine(input_ids, hidden_states)
         rotation = Rotation(self._rotary, batch.positions, self.dtype)
         return self.norm.forward(self.block.forward(x, rotation, batch, kv_cache))
+
+    def write_kv(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache: KVCache,
+    ) -> None:
+        """Make the entries of positions that nothing is drafted from.
+
+        The layer is the only one of its kind, so keys and values depend on the position's own input alone: attention
+        and experts are computed only where the output is read.
+
+        input_ids, hidden_states: as for ``forward``; positions, slot_mapping: [T] int64
+        """
+        rotation = Rotation(self._rotary, positions, self.dtype)
+        self.block.write_kv(self._combine(input_ids, hidden_states), rotation, slot_mapping, kv_cache)
+
+    def _combine(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """eh_proj(concat[enorm(embed(t)), hnorm(h)]), [T, H]."""
+        embedded = self.enorm.forward(self.embed_tokens.forward(input_ids))
+        return self.eh_proj.forward(torch.cat([embedded, self.hnorm.forward(hidden_states)], -1))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, H], as ``forward`` returns it. Returns [R, vocab_size] float32."""

@@ -4,6 +4,9 @@ The layer's entry for position i is made of the target's hidden state at i - 1 a
 i of the KV pool's last layer (GLM-4.5 technical report; DeepSeek-V3, section 2.2). So an entry depends on nothing to
 its right: a page of the prefix cache holds draft entries that are valid for whatever follows it, provided the hidden
 state of its last token is kept beside it (``page_hidden``). Slot 0 has no entry, and attention starts at key 1.
+
+A sequence's newest entry is the one that drafts start from. It waits until the next step: drafting makes it with the
+layer's output, and where nothing is drafted only its key and value are written, as for all older entries.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nextn.layers.batch import make_extend_batch
+from nextn.layers.batch import make_extend_batch, place_tokens
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
 from nextn.scheduler.scheduler import Extend
@@ -39,10 +42,9 @@ class Drafts:
 
 
 class NextNProposer:
-    """Owns the draft model's state between steps: its last output per running sequence, and per page the hidden state.
+    """Owns the hidden states that the draft model needs between steps, per running sequence and per page.
 
-    hidden: [max_running, H] the head's normed output h' for each sequence's last token
-    logits: [max_running, V] float32, the head's prediction of each sequence's next token
+    hidden: [max_running, H] for each sequence, the target's hidden state at the position before its last token
     page_hidden: [num_pages, H] the target's hidden state at each page's last slot
     """
 
@@ -53,28 +55,26 @@ class NextNProposer:
         config, reference = draft.config, kv_cache.k
         self._device = reference.device
         self._hidden = torch.zeros(max_running, config.hidden_size, dtype=draft.dtype, device=self._device)
-        self._logits = torch.zeros(max_running, config.vocab_size, device=self._device)
         self._page_hidden = torch.zeros(reference.shape[1], config.hidden_size, dtype=draft.dtype, device=self._device)
 
     def propose(self, extends: list[Extend], choose: ChooseTokens) -> Drafts:
         """Draft ``num_drafts`` ≥ 1 tokens for each extend, feeding the head its own normed output."""
         slots = torch.tensor([extend.seq.slot for extend in extends], device=self._device)
-        hidden, logits = self._hidden.index_select(0, slots), self._logits.index_select(0, slots)
+        hidden = self._hidden.index_select(0, slots)
         tokens: list[list[int]] = [[] for _ in extends]
         active = list(range(len(extends)))
         all_probs: torch.Tensor | None = None
         for step in range(max(extend.num_drafts for extend in extends)):
-            if step:
-                rows = [row for row, i in enumerate(active) if extends[i].num_drafts > step]
-                if len(rows) < len(active):
-                    hidden, active = hidden[rows], [active[row] for row in rows]
-                hidden = self._forward(
-                    [tokens[i][-1] for i in active],
-                    hidden,
-                    [(extends[i].end + step - 1, 1) for i in active],
-                    [extends[i].seq.pages for i in active],
-                )
-                logits = self._draft.compute_logits(hidden)
+            rows = [row for row, i in enumerate(active) if extends[i].num_drafts > step]
+            if len(rows) < len(active):
+                hidden, active = hidden[rows], [active[row] for row in rows]
+            hidden = self._forward(
+                [tokens[i][-1] if step else extends[i].seq.tokens[-1] for i in active],
+                hidden,
+                [(extends[i].start + step, 1) for i in active],
+                [extends[i].seq.pages for i in active],
+            )
+            logits = self._draft.compute_logits(hidden)
             chosen, probs = choose(logits, [Row(extends[i].seq, tokens[i]) for i in active])
             for i, token in zip(active, chosen, strict=True):
                 tokens[i] = [*tokens[i], token]
@@ -103,53 +103,56 @@ class NextNProposer:
             self._page_hidden[pages] = hidden[rows]
 
     def catch_up(self, extends: list[Extend], decided: list[list[int]], hidden: torch.Tensor) -> list[bool]:
-        """Extend the draft layer over every position whose token and preceding hidden state are now known.
+        """Write the entries of all positions whose token and preceding hidden state are now known, but the newest.
 
         decided: the tokens each extend decided
         hidden: [T, H] the target's hidden states, num_tokens + num_drafts rows per extend
-        Returns, per extend, whether the head's output for the sequence's last token is now at hand.
+        Returns, per extend, whether the sequence can draft from its last token in the next step.
         """
         ids: list[int] = []
-        sources: list[int] = []
+        sources: list[int] = []  # rows of ``hidden``; -1 where the state was kept from an earlier step
         spans: list[tuple[int, int]] = []
         from_page: list[tuple[int, int]] = []
+        from_slot: list[tuple[int, int]] = []
+        newest: list[tuple[int, int]] = []
         ready: list[bool] = []
         row = 0
         for extend, new in zip(extends, decided, strict=True):
-            known = [*extend.seq.tokens[extend.start : extend.end + 1], *new]  # from position extend.start on
+            seq = extend.seq
+            known = [*seq.tokens[extend.start : extend.end + 1], *new]  # from position extend.start on
             last = min(extend.num_tokens + len(new), len(known) - 1)
             first = 1
-            if extend.seq.resumed_from_cache:
+            if seq.resumed_from_cache:
                 first = 0
-                from_page.append((len(ids), extend.seq.pages[extend.start // self._page_size - 1]))
-            ids.extend(known[first : last + 1])
-            sources.extend(range(row + first - 1, row + last))
-            spans.append((extend.start + first, last + 1 - first))
-            ready.append(extend.start + last == len(extend.seq.tokens) + len(new) - 1)
-            row += extend.num_tokens + extend.num_drafts
-        # A source of -1 (the first entry after a prefix hit, in the first extend) is overwritten just below.
-        inputs = hidden[torch.tensor(sources, device=self._device)] if from_page else self._take(hidden, sources)
-        if from_page:
-            entries, pages = zip(*from_page, strict=True)
-            inputs[list(entries)] = self._page_hidden[list(pages)]
-        output = self._forward(ids, inputs, spans, [extend.seq.pages for extend in extends])
-        self._store(extends, spans, ready, output)
-        return ready
-
-    def _store(
-        self, extends: list[Extend], spans: list[tuple[int, int]], ready: list[bool], output: torch.Tensor
-    ) -> None:
-        rows, slots, end = [], [], 0
-        for extend, (_, length), is_ready in zip(extends, spans, ready, strict=True):
-            end += length
+                from_page.append((len(ids), seq.pages[extend.start // self._page_size - 1]))
+            elif seq.has_draft_state and not extend.num_drafts:
+                first = 0
+                from_slot.append((len(ids), seq.slot))
+            is_ready = extend.start + last == len(seq.tokens) + len(new) - 1
+            ready.append(is_ready)
             if is_ready:
-                rows.append(end - 1)
-                slots.append(extend.seq.slot)
-        if rows:
-            hidden = self._take(output, rows)
-            index = torch.tensor(slots, device=self._device)
-            self._hidden.index_copy_(0, index, hidden)
-            self._logits.index_copy_(0, index, self._draft.compute_logits(hidden))
+                newest.append((seq.slot, row + last - 1))
+                last -= 1
+            ids += known[first : last + 1]
+            sources += range(row - 1, row + last) if first == 0 else range(row, row + last)
+            spans.append((extend.start + first, last + 1 - first))
+            row += extend.num_tokens + extend.num_drafts
+        if ids:
+            inputs = hidden[torch.tensor(sources, device=self._device)]
+            for entries, states in ((from_page, self._page_hidden), (from_slot, self._hidden)):
+                if entries:
+                    at, places = zip(*entries, strict=True)
+                    inputs[list(at)] = states[list(places)]
+            positions, slot_mapping = place_tokens(
+                spans, [extend.seq.pages for extend in extends], self._page_size, self._device
+            )
+            self._draft.write_kv(
+                torch.tensor(ids, device=self._device), inputs, positions, slot_mapping, self._kv_cache
+            )
+        if newest:
+            slots, rows = zip(*newest, strict=True)
+            self._hidden.index_copy_(0, torch.tensor(slots, device=self._device), self._take(hidden, list(rows)))
+        return ready
 
     def _take(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
         return x.index_select(0, torch.tensor(rows, device=self._device))
