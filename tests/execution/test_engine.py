@@ -100,7 +100,8 @@ def test_seeded_sampling_does_not_depend_on_the_batch(make_engine: EngineFactory
     alone = {k: v for i in range(6) for k, v in run_all(make_engine(), [one(i)]).items()}
     together = run_all(make_engine(), [one(i) for i in range(6)])
     chunked = run_all(make_engine(chunked_prefill_size=5, page_size=4), [one(i) for i in reversed(range(6))])
-    assert alone == together == chunked
+    adaptive = run_all(make_engine(num_draft_steps=None), [one(i) for i in range(6)])
+    assert alone == together == chunked == adaptive
     assert len({tuple(tokens) for tokens in alone.values()}) == 6
 
 
