@@ -180,8 +180,9 @@ def test_rope_and_cache(dim: int, rotary_dim: int, with_norm: bool, monkeypatch:
 
 @pytest.mark.parametrize("dim", [16, 32, 64, 128])
 @pytest.mark.parametrize("first_key", [0, 1])
-def test_paged_attention(dim: int, first_key: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    page_size, num_heads, num_kv_heads = 4, 6, 2
+@pytest.mark.parametrize("num_heads", [2, 4, 6])
+def test_paged_attention(dim: int, first_key: int, num_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_size, num_kv_heads = 4, 2
     spans = [(first_key, 1), (17, 3), (30, 40), (60, 1)]
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
     tables = [shuffled[16 * i : 16 * i + 18] for i in range(3)] + [shuffled[48:]]
@@ -190,8 +191,8 @@ def test_paged_attention(dim: int, first_key: int, monkeypatch: pytest.MonkeyPat
     layout = make_attention_layout(spans, tables, page_size, q.device, first_key=first_key)
     exact, row = torch.empty(45, num_heads, dim, dtype=torch.float64), 0
     for (start, length), pages in zip(spans, tables, strict=True):
-        keys = k[pages].view(-1, num_kv_heads, dim).double().repeat_interleave(3, 1)
-        values = v[pages].view(-1, num_kv_heads, dim).double().repeat_interleave(3, 1)
+        keys = k[pages].view(-1, num_kv_heads, dim).double().repeat_interleave(num_heads // 2, 1)
+        values = v[pages].view(-1, num_kv_heads, dim).double().repeat_interleave(num_heads // 2, 1)
         for position in range(start, start + length):
             seen = slice(first_key, position + 1)
             scores = torch.einsum("hd,khd->hk", q[row].double(), keys[seen]) * dim**-0.5

@@ -32,7 +32,7 @@ typedef float f4v __attribute__((vector_size(16), aligned(4), may_alias));
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FP8 = 2 };
-enum { PANEL = 64, MAX_ROWS = 6 };
+enum { PANEL = 64, MAX_ROWS = 6, MAX_HEADS = 2 };
 
 /* Must match PackedWeight.descriptor in kernels/linear.py. */
 typedef struct {
@@ -376,52 +376,82 @@ INLINE float sum16(f16v x) {
     return (b[0] + b[1]) + (b[2] + b[3]);
 }
 
-/* One query head over keys first … last. scores: room for last - first + 1 rounded up to 16, and 16 more. */
-INLINE void attend(const int num_vectors, const float *q, const PagedKV *kv, int64_t first, int64_t last, float scale,
-                   float *scores, float *out) {
-    f16v query[8], acc[8];
-    int64_t count = last - first + 1, padded = (count + 15) & ~(int64_t)15;
+/* HEADS query heads that share a KV head, dim floats apart, over keys first … last: every key and value is read once.
+   scores: HEADS times ``room`` floats, room ≥ the number of keys rounded up to 16. */
+INLINE void attend(const int heads, const int num_vectors, const float *q, const PagedKV *kv, int64_t first, int64_t last,
+                   float scale, float *scores, int64_t room, float *out) {
+    f16v query[MAX_HEADS][8], acc[MAX_HEADS][8];
+    int64_t count = last - first + 1, padded = (count + 15) & ~(int64_t)15, dim = 16 * num_vectors;
+    float largest[MAX_HEADS], inverse[MAX_HEADS];
+#pragma GCC unroll 2
+    for (int h = 0; h < heads; h++) {
+        largest[h] = -INFINITY;
 #pragma GCC unroll 8
-    for (int j = 0; j < num_vectors; j++) {
-        query[j] = *(const f16v *)(q + 16 * j) * scale;
-        acc[j] = (f16v){0};
+        for (int j = 0; j < num_vectors; j++) {
+            query[h][j] = *(const f16v *)(q + h * dim + 16 * j) * scale;
+            acc[h][j] = (f16v){0};
+        }
     }
-    float largest = -INFINITY;
     for (int64_t i = 0; i < count; i++) {
         const float *key = entry(kv->k, kv, first + i);
-        f16v dot = query[0] * *(const f16v *)key;
+        f16v dot[MAX_HEADS];
 #pragma GCC unroll 8
-        for (int j = 1; j < num_vectors; j++) dot += query[j] * *(const f16v *)(key + 16 * j);
-        scores[i] = sum16(dot);
-        largest = scores[i] > largest ? scores[i] : largest;
+        for (int j = 0; j < num_vectors; j++) {
+            f16v part = *(const f16v *)(key + 16 * j);
+#pragma GCC unroll 2
+            for (int h = 0; h < heads; h++) dot[h] = j ? dot[h] + query[h][j] * part : query[h][j] * part;
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < heads; h++) {
+            float score = sum16(dot[h]);
+            scores[h * room + i] = score;
+            largest[h] = score > largest[h] ? score : largest[h];
+        }
     }
-    for (int64_t i = count; i < padded; i++) scores[i] = -INFINITY;
-    f16v total = {0};
-    for (int64_t i = 0; i < padded; i += 16) {
-        f16v weight = exp16(*(const f16v *)(scores + i) - largest);
-        for (int j = 0; i + 16 > count && j < 16; j++)
-            if (i + j >= count) weight[j] = 0;
-        *(f16v *)(scores + i) = weight;
-        total += weight;
+    for (int h = 0; h < heads; h++) {
+        float *row = scores + h * room;
+        f16v total = {0};
+        for (int64_t i = count; i < padded; i++) row[i] = -INFINITY;
+        for (int64_t i = 0; i < padded; i += 16) {
+            f16v weight = exp16(*(const f16v *)(row + i) - largest[h]);
+            for (int j = 0; i + 16 > count && j < 16; j++)
+                if (i + j >= count) weight[j] = 0;
+            *(f16v *)(row + i) = weight;
+            total += weight;
+        }
+        inverse[h] = 1.0f / sum16(total);
     }
     for (int64_t i = 0; i < count; i++) {
         const float *value = entry(kv->v, kv, first + i);
 #pragma GCC unroll 8
-        for (int j = 0; j < num_vectors; j++) acc[j] += scores[i] * *(const f16v *)(value + 16 * j);
+        for (int j = 0; j < num_vectors; j++) {
+            f16v part = *(const f16v *)(value + 16 * j);
+#pragma GCC unroll 2
+            for (int h = 0; h < heads; h++) acc[h][j] += scores[h * room + i] * part;
+        }
     }
-    float inverse = 1.0f / sum16(total);
+#pragma GCC unroll 2
+    for (int h = 0; h < heads; h++)
 #pragma GCC unroll 8
-    for (int j = 0; j < num_vectors; j++) *(f16v *)(out + 16 * j) = acc[j] * inverse;
+        for (int j = 0; j < num_vectors; j++) *(f16v *)(out + h * dim + 16 * j) = acc[h][j] * inverse[h];
 }
 
-DISPATCHED static void attend_head(int64_t dim, const float *q, const PagedKV *kv, int64_t first, int64_t last,
-                                   float scale, float *scores, float *out) {
+INLINE void attend_by_dim(const int heads, int64_t dim, const float *q, const PagedKV *kv, int64_t first, int64_t last,
+                          float scale, float *scores, int64_t room, float *out) {
     switch (dim / 16) {
-    case 1: attend(1, q, kv, first, last, scale, scores, out); break;
-    case 2: attend(2, q, kv, first, last, scale, scores, out); break;
-    case 4: attend(4, q, kv, first, last, scale, scores, out); break;
-    default: attend(8, q, kv, first, last, scale, scores, out); break;
+    case 1: attend(heads, 1, q, kv, first, last, scale, scores, room, out); break;
+    case 2: attend(heads, 2, q, kv, first, last, scale, scores, room, out); break;
+    case 4: attend(heads, 4, q, kv, first, last, scale, scores, room, out); break;
+    default: attend(heads, 8, q, kv, first, last, scale, scores, room, out); break;
     }
+}
+
+DISPATCHED static void attend_heads(int heads, int64_t dim, const float *q, const PagedKV *kv, int64_t first,
+                                    int64_t last, float scale, float *scores, int64_t room, float *out) {
+    if (heads == 2)
+        attend_by_dim(2, dim, q, kv, first, last, scale, scores, room, out);
+    else
+        attend_by_dim(1, dim, q, kv, first, last, scale, scores, room, out);
 }
 
 /* q: T rows of q_stride floats, heads first. starts, cu_seqlens_q, page_table [S, max_pages]: see layers/batch.py. */
@@ -429,17 +459,18 @@ static int paged_attention(const float *q, int64_t q_stride, const float *k_cach
                            int64_t num_heads, int64_t num_kv_heads, int64_t dim, int64_t page_size, int64_t num_seqs,
                            const int64_t *starts, const int64_t *cu_seqlens_q, const int64_t *page_table,
                            int64_t max_pages, int64_t first_key, float scale, float *out) {
-    int64_t group = num_heads / num_kv_heads;
-    float *scores = malloc((max_pages * page_size + 32) * sizeof(float));
+    int64_t group = num_heads / num_kv_heads, room = max_pages * page_size + 32;
+    int heads = group % MAX_HEADS ? 1 : MAX_HEADS;
+    float *scores = malloc(MAX_HEADS * room * sizeof(float));
     if (!scores) return -1;
     for (int64_t s = 0; s < num_seqs; s++)
         for (int64_t t = cu_seqlens_q[s]; t < cu_seqlens_q[s + 1]; t++)
-            for (int64_t h = 0; h < num_heads; h++) {
+            for (int64_t h = 0; h < num_heads; h += heads) {
                 int64_t offset = h / group * dim;
                 PagedKV kv = {k_cache + offset, v_cache + offset, page_table + s * max_pages, page_size,
                               num_kv_heads * dim};
-                attend_head(dim, q + t * q_stride + h * dim, &kv, first_key, starts[s] + t - cu_seqlens_q[s], scale,
-                            scores, out + (t * num_heads + h) * dim);
+                attend_heads(heads, dim, q + t * q_stride + h * dim, &kv, first_key, starts[s] + t - cu_seqlens_q[s],
+                             scale, scores, room, out + (t * num_heads + h) * dim);
             }
     free(scores);
     return 0;

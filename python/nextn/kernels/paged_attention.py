@@ -61,13 +61,10 @@ def make_attention_layout(
         table += pages[:count]
         table += [pages[count - 1]] * (max_pages - count)
     ends = list(accumulate((length for _, length in spans), initial=0))
-    return AttentionLayout(
-        starts=torch.tensor([start for start, _ in spans], device=device),
-        cu_seqlens_q=torch.tensor(ends, device=device),
-        page_table=torch.tensor(table, device=device).view(len(spans), max_pages),
-        page_size=page_size,
-        first_key=first_key,
-    )
+    # One tensor for all: making a small one costs as much as a small kernel.
+    everything = torch.tensor([*(start for start, _ in spans), *ends, *table], device=device)
+    starts, cu_seqlens_q, page_table = everything.split([len(spans), len(ends), len(table)])
+    return AttentionLayout(starts, cu_seqlens_q, page_table.view(len(spans), max_pages), page_size, first_key)
 
 
 @dataclass(frozen=True)

@@ -56,4 +56,5 @@ def place_tokens(
         span = range(start, start + length)
         positions += span
         slots += [pages[p // page_size] * page_size + p % page_size for p in span]
-    return torch.tensor(positions, device=device), torch.tensor(slots, device=device)
+    both = torch.tensor(positions + slots, device=device)
+    return both[: len(positions)], both[len(positions) :]

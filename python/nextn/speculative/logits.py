@@ -42,8 +42,12 @@ def adjust_logits(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     """
     adjusted = logits
     for i, row in enumerate(rows):
-        sampling, num_output = row.sampling, row.seq.num_output + len(row.drafts)
-        too_short = num_output < sampling.min_new_tokens and row.seq.stop_ids
+        sampling = row.seq.request.sampling
+        too_short = (
+            sampling.min_new_tokens
+            and row.seq.num_output + len(row.drafts) < sampling.min_new_tokens
+            and row.seq.stop_ids
+        )
         if not (sampling.logit_bias or sampling.has_penalties or too_short):
             continue
         if adjusted is logits:
