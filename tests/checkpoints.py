@@ -97,7 +97,8 @@ def random_state(
         state[f"{name}.mlp.gate.e_score_correction_bias"] = bias
         for expert in range(config["n_routed_experts"]):
             mlp(f"{name}.mlp.experts.{expert}", config["moe_intermediate_size"])
-        mlp(f"{name}.mlp.shared_experts", config["moe_intermediate_size"] * config["n_shared_experts"])
+        if config["n_shared_experts"]:
+            mlp(f"{name}.mlp.shared_experts", config["moe_intermediate_size"] * config["n_shared_experts"])
 
     state["model.embed_tokens.weight"] = torch.randn(vocab, hidden, generator=generator)
     for index in range(config["num_hidden_layers"]):

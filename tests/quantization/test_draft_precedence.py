@@ -10,7 +10,8 @@ import pytest
 import torch
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
-from nextn.errors import QuantizationError
+from nextn.config.server_args import ServerArgs
+from nextn.errors import CheckpointError, QuantizationError
 
 from tests.checkpoints import Draft, Quant, State, dequantized, quantized, random_state, tiny_config, write_checkpoint
 
@@ -26,6 +27,7 @@ KIND = {
     "none": "unquantized",
 }
 METHOD = {"block": "fp8"}
+BF16_DRAFTS: tuple[Draft, ...] = ("bf16_ignored", "bf16_regex", "bf16_no_scales")
 
 
 def load(folder: Path, **options: Any) -> LoadedModel:
@@ -59,7 +61,17 @@ def assert_weights(loaded: LoadedModel, quant: Quant, *, bf16_draft: bool = Fals
 
 def draft_schemes(loaded: LoadedModel) -> set[str]:
     assert loaded.draft is not None
-    return {m.scheme for m in loaded.report.draft if m.kind != "eh_proj"}
+    kinds = (
+        "qkv_proj",
+        "o_proj",
+        "experts.w13",
+        "experts.w2",
+        "shared_experts.gate_up_proj",
+        "shared_experts.down_proj",
+    )
+    found = {m.kind: m.scheme for m in loaded.report.draft if m.kind in kinds}
+    assert set(found) == set(kinds)
+    return set(found.values())
 
 
 @pytest.mark.parametrize("quant", ["none", *FP8])
@@ -73,9 +85,13 @@ def test_unset_keeps_what_is_detected(quant: Quant, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", FP8)
-@pytest.mark.parametrize("draft", ["bf16_ignored", "bf16_regex", "bf16_no_scales"])
-def test_a_bf16_draft_of_an_fp8_target_is_bf16(quant: Quant, draft: Draft, tmp_path: Path) -> None:
-    loaded = load(write_checkpoint(tmp_path, CONFIG, quant=quant, draft=draft))
+@pytest.mark.parametrize("draft", BF16_DRAFTS)
+@pytest.mark.parametrize("override", [None, "unquant"])
+def test_a_bf16_draft_of_an_fp8_target_is_bf16(
+    quant: Quant, draft: Draft, override: str | None, tmp_path: Path
+) -> None:
+    loaded = load(write_checkpoint(tmp_path, CONFIG, quant=quant, draft=draft), draft_quantization=override)
+    assert {m.scheme for m in loaded.report.target if m.kind == "qkv_proj"} == {KIND[quant]}
     assert draft_schemes(loaded) == {"unquantized"}
     assert_weights(loaded, quant, bf16_draft=True)
     assert "unquantized" in (loaded.report.draft_reason or "")
@@ -131,10 +147,10 @@ def test_a_compatible_method_is_that_method(quant: Quant, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("quant", "draft", "override", "found"),
     [
-        ("channel", "same", "fp8", "compressed-tensors"),
-        ("block", "same", "compressed-tensors", "fp8"),
-        ("channel", "bf16_ignored", "compressed-tensors", "unquantized"),
+        *((q, "same", {"block": "compressed-tensors"}.get(q, "fp8"), METHOD.get(q, "compressed-tensors")) for q in FP8),
+        *((q, d, METHOD.get(q, "compressed-tensors"), "unquantized") for q in FP8 for d in BF16_DRAFTS),
         ("none", "same", "fp8", "unquantized"),
+        ("none", "same", "compressed-tensors", "unquantized"),
     ],
 )
 def test_an_incompatible_method_is_refused_naming_both(
@@ -152,6 +168,55 @@ def test_unquant_dequantizes_with_a_warning(quant: Quant, tmp_path: Path, caplog
     assert_weights(loaded, quant)
     assert "multiplied by their scales" in caplog.text
     assert "unquant" in (loaded.report.draft_reason or "")
+    assert loaded.draft is not None
+    scheme = loaded.draft.quant_config.scheme_for([f"{LAST}.self_attn.o_proj"])  # type: ignore[union-attr]
+    assert scheme.kind == "unquantized", "nothing may stay FP8"
+    sources = {m.source for m in loaded.report.draft if m.scheme == KIND[quant]}
+    assert sources == {"--speculative-draft-model-quantization unquant: weight x scale on load"}
+
+
+@pytest.mark.parametrize("quant", FP8)
+def test_unquant_still_refuses_a_scale_that_cannot_scale(quant: Quant, tmp_path: Path) -> None:
+    def spoil(state: State) -> None:
+        name = next(name for name in state if name.startswith(f"{LAST}.self_attn.o_proj.weight_scale"))
+        state[name] = state[name] * 0
+
+    with pytest.raises(CheckpointError, match=f"{LAST}.self_attn.o_proj.weight_scale.* holds a scale"):
+        load(write_checkpoint(tmp_path, CONFIG, quant=quant, mutate=spoil), draft_quantization="unquant")
+
+
+FLAG = "--speculative-draft-model-quantization"
+
+
+@pytest.mark.parametrize("quant", ["none", *FP8])
+@pytest.mark.parametrize("state", ["absent", "unset", "unquant", "method"])
+def test_the_override_has_three_states_from_the_flag_to_the_constructor(
+    quant: Quant, state: str, tmp_path: Path
+) -> None:
+    method = METHOD.get(quant, "compressed-tensors")
+    value = {"unset": "unset", "unquant": "unquant", "method": method}.get(state)
+    config = ServerArgs.from_cli([FLAG, value] if value else [], {}).engine_config(
+        str(write_checkpoint(tmp_path, CONFIG, quant=quant))
+    )
+    assert config.draft_quantization == {"unquant": "unquant", "method": method}.get(state)
+    if quant == "none" and state == "method":
+        with pytest.raises(QuantizationError, match=f"{FLAG} compressed-tensors: the draft's tensors are unquantized"):
+            load_model(config, device=torch.device("cpu"), dtype=torch.float32, want_draft=None)
+        return
+    loaded = load_model(config, device=torch.device("cpu"), dtype=torch.float32, want_draft=None)
+    assert loaded.draft is not None
+    given = loaded.draft.quant_config.scheme_for([f"{LAST}.self_attn.o_proj"])  # type: ignore[union-attr]
+    assert given.kind == ("unquantized" if state == "unquant" else KIND[quant])
+    assert (FLAG in given.source) == (state in ("unquant", "method") and quant != "none")
+    assert_weights(loaded, quant)
+
+
+@pytest.mark.parametrize("quant", FP8)
+def test_unquant_drafts_the_same_numbers_as_the_kept_config(quant: Quant, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIG, quant=quant)
+    kept, expanded = loaded_weights(load(folder)), loaded_weights(load(folder, draft_quantization="unquant"))
+    for name in kept:
+        assert torch.equal(kept[name], expanded[name])
 
 
 def test_unquant_on_bf16_is_bf16(tmp_path: Path) -> None:

@@ -10,31 +10,34 @@ PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """Weights, configs and tokenizers; never code or pickles."""
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, flag: str = "--model-path") -> Path:
     """A folder as it is; any other name from the Hugging Face hub, through its cache.
 
+    flag: what the name was given with, for messages
     Raises CheckpointError if it is neither, or the hub cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{flag} {name}: cannot be read ({error}); give a folder or a hub name") from None
+    if is_folder:
         return path
-    if path.exists():
-        raise CheckpointError(f"--model-path {name}: is a file; give the folder that holds config.json")
+    if exists:
+        raise CheckpointError(f"{flag} {name}: is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(
-            f"--model-path {name}: there is no such folder, and it is no hub name of the form owner/name"
-        )
+        raise CheckpointError(f"{flag} {name}: there is no such folder, and it is no hub name of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
     except HFValidationError as error:
-        raise CheckpointError(f"--model-path {name}: no such folder, and no valid hub name: {error}") from None
+        raise CheckpointError(f"{flag} {name}: no such folder, and no valid hub name: {error}") from None
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"--model-path {name}: no such folder, not in the local cache, and the hub cannot be reached; "
+            f"{flag} {name}: no such folder, not in the local cache, and the hub cannot be reached; "
             "check the network, or download the model and give its folder"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"--model-path {name}: no such folder, and the hub says: {error}") from None
+        raise CheckpointError(f"{flag} {name}: no such folder, and the hub says: {error}") from None

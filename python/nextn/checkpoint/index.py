@@ -7,30 +7,19 @@ Only safetensors files are read. The index file is checked against the files' he
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from safetensors import safe_open
-
+from nextn.checkpoint.header import TensorInfo, read_header
 from nextn.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
-"""The safetensors format's own limit."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """dtype: safetensors name such as "BF16", "F32", "F8_E4M3"."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class TensorReader(Protocol):
@@ -39,10 +28,11 @@ class TensorReader(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of the folder."""
+    """Every tensor of the folder. unlisted: files that the index file does not name (all listed without one)."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
+    unlisted: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> CheckpointIndex:
@@ -59,7 +49,7 @@ class CheckpointIndex:
             raise CheckpointError(_explain_no_files(folder))
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in _read_header(file).items():
+            for name, info in read_header(file).items():
                 if name in tensors:
                     raise CheckpointError(
                         f"{name}: is in both {tensors[name].file.name} and {file.name}; remove one of the two"
@@ -72,7 +62,8 @@ class CheckpointIndex:
                 raise CheckpointError(
                     f"{name}: {INDEX_NAME} says {file_name}, but it is in {tensors[name].file.name}; correct the index"
                 )
-        return cls(folder, tensors)
+        named = set(listed.values()) if listed else {file.name for file in files}
+        return cls(folder, tensors, tuple(file.name for file in files if file.name not in named))
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -81,14 +72,19 @@ class CheckpointIndex:
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
         """A function that reads one tensor by name; each file is opened once, and only what is asked for is read."""
+        from safetensors import SafetensorError, safe_open
+
         with ExitStack() as stack:
-            handles: dict[Path, safe_open] = {}
+            handles: dict[Path, Any] = {}
 
             def read(name: str) -> torch.Tensor:
                 info = self.tensors[name]
-                if info.file not in handles:
-                    handles[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
-                tensor: torch.Tensor = handles[info.file].get_tensor(name)
+                try:
+                    if info.file not in handles:
+                        handles[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
+                    tensor: torch.Tensor = handles[info.file].get_tensor(name)
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
                 return tensor
 
             yield read
@@ -101,30 +97,11 @@ def _read_index(folder: Path) -> dict[str, str]:
         return {}
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); download it again") from None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) and "/" not in v for v in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map: expected tensor names mapped to names of files in the folder")
     return weight_map
-
-
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, types and shapes of a safetensors file (safetensors format specification)."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError(f"the header says {length} bytes, the file has {size}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        found = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
-        raise CheckpointError(f"{file}: is not a safetensors file ({error}); download it again") from None
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file}: has {size} bytes, its header asks for {8 + length + end}; download it again")
-    return found
 
 
 def _explain_no_files(folder: Path) -> str:

@@ -1,25 +1,32 @@
-"""What loading decided, per kind of module: for the log, for /get_server_info, for a bug report."""
+"""What loading decided, per kind of module: for the log, for /get_server_info, for the doctor, for a bug report."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nextn.layers.linear import Linear
-from nextn.layers.moe import Experts
-from nextn.layers.storage import ScaleStorage
-from nextn.models.glm4_moe import Glm4MoeForCausalLM
-from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
-from nextn.quantization.scheme import LinearScheme
+from nextn.checkpoint.layout import Layout
+from nextn.checkpoint.source import Source
+
+DTYPE_NAMES = {
+    "F8_E4M3": "float8_e4m3fn",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+HEADER = ("module", "scheme", "dtype", "scales", "count", "decided by")
 
 
 @dataclass(frozen=True)
 class ModuleReport:
     """Modules of one kind that were decided alike.
 
-    kind: "qkv_proj", "experts.w13", …
-    dtype: of the weights as stored; scale_shape: of one module's scales, None without
+    kind: "qkv_proj", "experts.w13", "norms", "router gate", …
+    dtype: of the weights as stored; scale_shape: of one (fused) module's scales, None without
+    count: of (fused) modules; each expert counts
     source: where the decision came from
     """
 
@@ -30,55 +37,81 @@ class ModuleReport:
     count: int
     source: str
 
+    def cells(self) -> tuple[str, ...]:
+        """One row of a table under HEADER."""
+        shape = "-" if self.scale_shape is None else "x".join(map(str, self.scale_shape))
+        return self.kind, self.scheme, self.dtype, shape, str(self.count), self.source
+
 
 @dataclass(frozen=True)
 class LoadReport:
-    """draft_reason: how the draft's quantization was decided; None without a draft."""
+    """draft_reason: how the draft's quantization was decided; None without a draft.
+
+    draft_path: the other checkpoint that the NextN layer comes from; None if it is the target's own
+    """
 
     target: tuple[ModuleReport, ...]
     draft: tuple[ModuleReport, ...]
     draft_reason: str | None
+    draft_path: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def as_table(self) -> str:
         """A short table for the log."""
-        lines = [f"{'module':<22}{'scheme':<14}{'dtype':<16}{'scales':<14}{'count':>5}  decided by"]
-        for title, modules in (("", self.target), ("draft ", self.draft)):
-            for m in modules:
-                shape = "-" if m.scale_shape is None else "x".join(map(str, m.scale_shape))
-                lines.append(f"{title + m.kind:<22}{m.scheme:<14}{m.dtype:<16}{shape:<14}{m.count:>5}  {m.source}")
+        titled = (("", self.target), ("draft ", self.draft))
+        rows = [HEADER, *((title + m.kind, *m.cells()[1:]) for title, modules in titled for m in modules)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+        ]
         if self.draft_reason is not None:
-            lines.append(f"draft: {self.draft_reason}")
+            lines.append(f"draft: {self.draft_reason}" + (f"; from {self.draft_path}" if self.draft_path else ""))
         return "\n".join(lines)
 
 
-def describe(model: Glm4MoeForCausalLM | Glm4MoeForCausalLMNextN) -> tuple[ModuleReport, ...]:
-    """Group a model's linears by kind and decision. Call before FP8 weights are expanded."""
-    counts: Counter[tuple[str, str, str, tuple[int, ...] | None, str]] = Counter()
+def report_target(source: Source, layout: Layout) -> tuple[ModuleReport, ...]:
+    """Group the target's modules by kind and decision."""
+    return _grouped(_modules(source, layout))
 
-    def add(kind: str, scheme: LinearScheme, dtype: object, scales: ScaleStorage | None) -> None:
-        shape = tuple(scales.weight_scale.shape) if scales is not None else None
-        source = _generalised(scheme.source)
-        counts[(kind, scheme.kind, str(dtype).removeprefix("torch."), shape, source)] += 1
 
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            kind = "shared_" + name.rsplit(".", 1)[-1] if "shared_experts" in name else name.rsplit(".", 1)[-1]
-            add(kind, module.scheme, module.weight.dtype, module.scales)
-        elif isinstance(module, Experts):
-            for part, scheme, weight, scales in (
-                ("experts.w13", module.w13_scheme, module.w13, module.w13_scales),
-                ("experts.w2", module.w2_scheme, module.w2, module.w2_scales),
-            ):
-                add(part, scheme, weight.dtype, scales[0])
-    return tuple(
-        ModuleReport(kind, scheme, dtype, shape, count, source)
-        for (kind, scheme, dtype, shape, source), count in counts.items()
-    )
+def report_draft(source: Source, layout: Layout, target: Source) -> tuple[ModuleReport, ...]:
+    """The NextN layer's modules, and the embedding and head that it borrows from the target."""
+    own = {tensor.kind for tensor in layout.others}
+    head = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
+    borrowed = [
+        ModuleReport(kind, "unquantized", _dtype(target, name), None, 1, "the target's: the layer has none of its own")
+        for kind, name in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", head))
+        if kind not in own
+    ]
+    return (*_grouped(_modules(source, layout)), *borrowed)
+
+
+def _modules(source: Source, layout: Layout) -> Iterator[ModuleReport]:
+    for linear in layout.linears:
+        scheme, name = linear.scheme, f"{linear.shards[0][0]}.weight"
+        dtype = "float8_e4m3fn" if scheme.is_quantized else _dtype(source, name)
+        reason = _generalised(scheme.source)
+        yield ModuleReport(linear.kind, scheme.kind, dtype, linear.scale_shape, linear.num_matrices, reason)
+    for tensor in layout.others:
+        yield ModuleReport(tensor.kind, "unquantized", _dtype(source, tensor.name), None, 1, "never quantized")
+
+
+def _dtype(source: Source, tensor_name: str) -> str:
+    """As stored; without files, the type that config.json names."""
+    info = source.index.tensors.get(tensor_name) if source.index is not None else None
+    return DTYPE_NAMES.get(info.dtype, info.dtype) if info is not None else source.config.dtype
+
+
+def _grouped(modules: Iterable[ModuleReport]) -> tuple[ModuleReport, ...]:
+    """Modules that differ in their count only, as one."""
+    counts: Counter[ModuleReport] = Counter()
+    for module in modules:
+        counts[replace(module, count=0)] += module.count
+    return tuple(replace(module, count=count) for module, count in counts.items())
 
 
 def _generalised(source: str) -> str:
-    """Ignore entries differ by layer number only; show one line for all."""
+    """Ignore entries differ by layer and expert number only; show one line for all."""
     return ".".join("*" if part.isdigit() else part for part in source.split("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from nextn.errors import ConfigError
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 MODEL_TYPE = "glm4_moe"
+MOST = {"num_hidden_layers": 4096, "n_routed_experts": 65536}
+"""Bounds that no model comes near, so that a broken config.json cannot ask for endless lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class ModelConfig:
         """Check and convert the values of a config.json. ``where`` stands in error messages."""
         read = _Reader(raw, where)
         read.check_supported()
-        rope = raw.get("rope_parameters") or {}
+        rope = read.mapping("rope_parameters")
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
         config = cls(
@@ -129,6 +132,8 @@ class _Reader:
 
     def check_supported(self) -> None:
         architectures = self._raw.get("architectures") or []
+        if not isinstance(architectures, list):
+            raise ConfigError(f"{self._where}: architectures: found {architectures!r}, expected [{ARCHITECTURE!r}]")
         if self._raw.get("model_type", MODEL_TYPE) != MODEL_TYPE or (
             architectures and ARCHITECTURE not in architectures
         ):
@@ -146,6 +151,12 @@ class _Reader:
         if kind != "default":
             raise ConfigError(f"{self._where}: rope type {kind!r} is not supported; expected 'default' (no scaling)")
 
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        value = self._raw.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{self._where}: {name}: found {value!r}, expected an object")
+        return value
+
     def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -154,7 +165,7 @@ class _Reader:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self._where}: {name}: found {value!r}, expected a number above 0")
         return float(value)
 
@@ -183,6 +194,8 @@ def _check_shape(config: ModelConfig, where: str) -> None:
         if not holds:
             raise ConfigError(f"{where}: {message}")
 
+    for name, most in MOST.items():
+        require(getattr(config, name) <= most, f"{name}: found {getattr(config, name)}, expected at most {most}")
     require(
         config.num_attention_heads % config.num_key_value_heads == 0,
         f"num_attention_heads: found {config.num_attention_heads}, expected a multiple of num_key_value_heads "
@@ -227,7 +240,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} does not exist; give a folder that holds a checkpoint in Hugging Face layout"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: found {type(raw).__name__}, expected a JSON object")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nextn.errors import QuantizationError
-from nextn.quantization.names import agreed, match_entry
+from nextn.quantization.names import agreed, entry_list, match_entry, unmatched_entries
 from nextn.quantization.scheme import ActivationKind, LinearScheme, SchemeKind
 
 SUPPORTED = (
@@ -19,10 +19,14 @@ _KINDS: dict[str, SchemeKind] = {"channel": "fp8_channel", "tensor": "fp8_tensor
 
 @dataclass(frozen=True)
 class CompressedTensorsConfig:
-    """groups: (targets, scheme) in the config's order; ignore: entries of modules that are not quantized."""
+    """groups: (targets, scheme) in the config's order; where: the config's file.
+
+    ignore: entries of modules that are not quantized (values are unused: a dict keeps order and finds a name at once)
+    """
 
     groups: tuple[tuple[tuple[str, ...], LinearScheme], ...]
-    ignore: tuple[str, ...]
+    ignore: Mapping[str, None]
+    where: str
     method: str = "compressed-tensors"
 
     @classmethod
@@ -41,11 +45,15 @@ class CompressedTensorsConfig:
             raise QuantizationError(f"{where}: config_groups: found {groups!r}, expected at least one group")
         return cls(
             groups=tuple((_targets(name, g, where), _scheme(name, g, where)) for name, g in groups.items()),
-            ignore=tuple(raw.get("ignore") or ()),
+            ignore=dict.fromkeys(entry_list(raw.get("ignore"), f"{where}: ignore")),
+            where=where,
         )
 
     def scheme_for(self, shard_names: Sequence[str]) -> LinearScheme:
         return agreed(shard_names, [self._scheme_of(name) for name in shard_names])
+
+    def unmatched_ignores(self, modules: Collection[str]) -> list[str]:
+        return [f"{self.where}: ignore entry {entry!r}" for entry in unmatched_entries(self.ignore, modules)]
 
     def _scheme_of(self, name: str) -> LinearScheme:
         entry = match_entry(name, self.ignore)
@@ -58,20 +66,23 @@ class CompressedTensorsConfig:
 
 
 def _targets(name: str, group: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    targets = group.get("targets")
-    if not isinstance(targets, list) or not targets:
+    targets = group.get("targets") if isinstance(group, Mapping) else None
+    found = entry_list(targets, f"{where}: {name}.targets")
+    if not found:
         raise QuantizationError(f"{where}: {name}.targets: found {targets!r}, expected a list such as ['Linear']")
-    return tuple(targets)
+    return found
 
 
 def _scheme(name: str, group: Mapping[str, Any], where: str) -> LinearScheme:
     weights = group.get("weights") or {}
     place = f"{where}: {name}.weights"
+    if not isinstance(weights, Mapping):
+        raise QuantizationError(f"{place}: found {weights!r}, expected an object; {SUPPORTED}")
     found = {key: weights.get(key) for key in ("num_bits", "type", "strategy")}
     if (
         weights.get("num_bits") != 8
         or weights.get("type") != "float"
-        or weights.get("strategy") not in _KINDS
+        or str(weights.get("strategy")) not in _KINDS
         or not weights.get("symmetric", True)
         or weights.get("dynamic")
     ):
@@ -79,7 +90,11 @@ def _scheme(name: str, group: Mapping[str, Any], where: str) -> LinearScheme:
     block = None
     if weights["strategy"] == "block":
         structure = weights.get("block_structure")
-        if not isinstance(structure, list) or len(structure) != 2 or not all(isinstance(n, int) for n in structure):
+        if (
+            not isinstance(structure, list)
+            or len(structure) != 2
+            or not all(type(n) is int and n > 0 for n in structure)
+        ):
             raise QuantizationError(f"{place}.block_structure: found {structure!r}, expected such as [128, 128]")
         block = (structure[0], structure[1])
     return LinearScheme(
@@ -94,13 +109,15 @@ def _scheme(name: str, group: Mapping[str, Any], where: str) -> LinearScheme:
 def _activation(name: str, raw: Mapping[str, Any] | None, where: str) -> ActivationKind:
     if not raw:
         return "none"
+    if not isinstance(raw, Mapping):
+        raise QuantizationError(f"{where}: {name}.input_activations: found {raw!r}, expected an object; {SUPPORTED}")
     known: dict[tuple[Any, bool], ActivationKind] = {
         ("token", True): "dynamic_token",
         ("group", True): "dynamic_group",
         ("tensor", True): "dynamic_token",  # finer than asked, from the same values
         ("tensor", False): "static_tensor",
     }
-    kind = known.get((raw.get("strategy"), bool(raw.get("dynamic"))))
+    kind = known.get((str(raw.get("strategy")), bool(raw.get("dynamic"))))
     if kind is None or raw.get("num_bits") != 8 or raw.get("type") != "float":
         found = {key: raw.get(key) for key in ("num_bits", "type", "strategy", "dynamic")}
         raise QuantizationError(f"{where}: {name}.input_activations: found {found}; {SUPPORTED}")

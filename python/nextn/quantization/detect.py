@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nextn.errors import QuantizationError
 from nextn.quantization.compressed_tensors import CompressedTensorsConfig
 from nextn.quantization.fp8 import Fp8Config
+from nextn.quantization.names import entry_list
 from nextn.quantization.scheme import QuantizationConfig
 
 METHODS = ("compressed-tensors", "fp8")
@@ -27,7 +30,7 @@ def detect_quantization(folder: Path, declared: Mapping[str, Any] | None) -> Qua
         where = extra.name
         try:
             declared = json.loads(extra.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise QuantizationError(f"{extra} cannot be read: {error}") from None
     if declared is None:
         return None
@@ -51,10 +54,15 @@ def _from_declared(declared: Mapping[str, Any], where: str) -> QuantizationConfi
 
 def _from_modelopt(declared: Mapping[str, Any], where: str) -> QuantizationConfig:
     """NVIDIA ModelOpt's ``hf_quant_config.json``; its FP8 is per tensor with static activations."""
+    if not isinstance(declared, Mapping):
+        raise QuantizationError(f"{where}: quantization: found {declared!r}, expected an object")
     algorithm = declared.get("quant_algo")
     if algorithm != "FP8":
         raise QuantizationError(f"{where}: quant_algo {algorithm!r} is not supported; expected 'FP8'")
     if declared.get("kv_cache_quant_algo"):
         raise QuantizationError(f"{where}: kv_cache_quant_algo is not supported; remove it to serve the KV unquantized")
-    excluded = [entry.removesuffix("*").removesuffix(".") for entry in declared.get("exclude_modules") or ()]
-    return Fp8Config.from_dict({"activation_scheme": "static", "modules_to_not_convert": excluded}, where)
+    place = f"{where}: exclude_modules"
+    entries = entry_list(declared.get("exclude_modules"), place)
+    excluded = [f"re:{fnmatch.translate(entry)}" if "*" in entry else entry for entry in entries]
+    config = Fp8Config.from_dict({"activation_scheme": "static", "modules_to_not_convert": excluded}, where)
+    return replace(config, where=place)

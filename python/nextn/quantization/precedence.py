@@ -5,11 +5,11 @@ The override has three states, all the way from the flag: None (unset), "unquant
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from nextn.errors import QuantizationError
-from nextn.quantization.scheme import QuantizationConfig
+from nextn.quantization.scheme import LinearScheme, QuantizationConfig
 from nextn.quantization.tensors import FP8_DTYPE, CheckedQuantization
 
 FLAG = "--speculative-draft-model-quantization"
@@ -19,45 +19,65 @@ FLAG = "--speculative-draft-model-quantization"
 class DraftQuantization:
     """The decision, and why.
 
-    config: what the draft's constructor gets
-    dequantize: expand weight × scale on load, also where FP8 could be computed with
+    stored: how the tensors lie in the files
+    config: what the draft's constructor gets: the same, unless FP8 is expanded (weight × scale) on load
     warning: for the log, where the user should know
     """
 
+    stored: CheckedQuantization
     config: QuantizationConfig
-    dequantize: bool
     reason: str
     warning: str | None = None
 
 
+@dataclass(frozen=True)
+class Dequantized:
+    """Every linear in the computing type: FP8 is expanded before it gets there. stored: how the files hold it."""
+
+    stored: CheckedQuantization
+    method: str = "unquantized"
+
+    def scheme_for(self, shard_names: Sequence[str]) -> LinearScheme:
+        kind = self.stored.scheme_for(shard_names).kind
+        return LinearScheme("unquantized", source=f"{FLAG} unquant, from {kind}")
+
+    def unmatched_ignores(self, modules: Collection[str]) -> list[str]:
+        return self.stored.unmatched_ignores(modules)
+
+
 def decide_draft_quantization(
-    detected: QuantizationConfig | None, override: str | None, draft_dtypes: Mapping[str, str]
+    detected: QuantizationConfig | None, override: str | None, draft_dtypes: Mapping[str, str] | None
 ) -> DraftQuantization:
     """Apply the override to what was detected.
 
     detected: the config of the checkpoint that the draft comes from
-    draft_dtypes: safetensors dtype of each of the draft layer's tensors, by name
+    draft_dtypes: safetensors dtype of each of the draft layer's tensors, by name; None for dummy weights, which
+        are what the config says
     Raises QuantizationError if a method is asked for that the tensors are not in.
     """
-    has_fp8 = any(dtype == FP8_DTYPE for dtype in draft_dtypes.values())
-    checked = CheckedQuantization(detected, draft_dtypes)
+    has_fp8 = detected is not None if draft_dtypes is None else FP8_DTYPE in draft_dtypes.values()
+    checked = CheckedQuantization(detected, draft_dtypes or {})
+    method = detected.method if detected is not None and has_fp8 else "unquantized"
     if override is None:
-        if detected is None:
-            return DraftQuantization(checked, False, "unquantized: nothing is declared")
-        if not has_fp8:
-            return DraftQuantization(
-                checked, False, f"unquantized: {detected.method} is declared, but no tensor is FP8"
-            )
-        return DraftQuantization(checked, False, f"{detected.method}, as detected")
+        return DraftQuantization(checked, checked, _detected_reason(detected, has_fp8))
     if override == "unquant":
         if not has_fp8:
-            return DraftQuantization(checked, False, f"unquantized: {FLAG} unquant, and no tensor is FP8")
+            return DraftQuantization(checked, checked, f"unquantized: {FLAG} unquant, and no tensor is FP8")
         warning = f"{FLAG} unquant: the draft's FP8 weights are multiplied by their scales on load and kept unquantized"
-        return DraftQuantization(checked, True, f"dequantized on load: {FLAG} unquant", warning)
-    method = detected.method if detected is not None and has_fp8 else "unquantized"
+        stored = replace(checked, decided_by=f"{FLAG} unquant: weight x scale on load")
+        return DraftQuantization(stored, Dequantized(stored), f"dequantized on load: {FLAG} unquant", warning)
     if override != method:
         raise QuantizationError(
             f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; leave the flag away to use "
             f"{method}, or quantize the draft as {override}"
         )
-    return DraftQuantization(checked, False, f"{method}: {FLAG} {override}")
+    by_flag = replace(checked, decided_by=f"{FLAG} {override}")
+    return DraftQuantization(by_flag, by_flag, f"{method}: {FLAG} {override}")
+
+
+def _detected_reason(detected: QuantizationConfig | None, has_fp8: bool) -> str:
+    if detected is None:
+        return "unquantized: nothing is declared"
+    if not has_fp8:
+        return f"unquantized: {detected.method} is declared, but no tensor is FP8"
+    return f"{detected.method}, as detected"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -50,3 +50,6 @@ class QuantizationConfig(Protocol):
         shard_names: checkpoint module names without ".weight", such as "model.layers.3.self_attn.q_proj"
         Raises QuantizationError if the shards disagree.
         """
+
+    def unmatched_ignores(self, modules: Collection[str]) -> list[str]:
+        """Entries of the list of excluded modules that name none of these modules, each with where it stands."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from nextn.errors import QuantizationError
 from nextn.quantization.names import agreed
@@ -20,11 +20,13 @@ class CheckedQuantization:
     declared: what config.json says; None is unquantized
     dtypes: safetensors dtype of every tensor of the checkpoint, by name
     remedy: what to do about FP8 codes that cannot be scaled
+    decided_by: the flag that chose the quantized linears' scheme; None where config.json did
     """
 
     declared: QuantizationConfig | None
     dtypes: Mapping[str, str]
     remedy: str = "add the scale, or quantize the checkpoint again"
+    decided_by: str | None = None
 
     @property
     def method(self) -> str:
@@ -33,7 +35,11 @@ class CheckedQuantization:
     def scheme_for(self, shard_names: Sequence[str]) -> LinearScheme:
         """As QuantizationConfig. A module that is declared FP8 but stored in BF16 without scales is BF16."""
         declared = self.declared.scheme_for(shard_names) if self.declared is not None else UNQUANTIZED
-        return agreed(shard_names, [self._check(name, declared) for name in shard_names])
+        scheme = agreed(shard_names, [self._check(name, declared) for name in shard_names])
+        return replace(scheme, source=self.decided_by) if self.decided_by and scheme.is_quantized else scheme
+
+    def unmatched_ignores(self, modules: Collection[str]) -> list[str]:
+        return self.declared.unmatched_ignores(modules) if self.declared is not None else []
 
     def _check(self, name: str, declared: LinearScheme) -> LinearScheme:
         dtype = self.dtypes.get(f"{name}.weight")

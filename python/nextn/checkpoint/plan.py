@@ -1,0 +1,162 @@
+"""Everything that loading decides before it reads a weight: from the configs and the files' headers alone.
+
+The loader carries a plan out and the doctor explains it; what can be refused without reading weights is refused here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nextn.checkpoint.fit import check_fit
+from nextn.checkpoint.layout import Layout, nextn_layout, target_layout
+from nextn.checkpoint.report import LoadReport, report_draft, report_target
+from nextn.checkpoint.source import Source
+from nextn.checkpoint.values import check_norms, check_tied_head
+from nextn.config.engine_config import EngineConfig
+from nextn.config.model_config import ModelConfig
+from nextn.errors import CheckpointError, QuantizationError
+from nextn.quantization.precedence import DraftQuantization, decide_draft_quantization
+from nextn.quantization.tensors import CheckedQuantization
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MUST_FIT = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "partial_rotary_factor",
+    "rope_theta",
+)
+"""What a NextN layer must share with a target: the tensors that meet, the layer's index, the KV pool, the positions."""
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """config: of the checkpoint the layer comes from, with the target's context length."""
+
+    source: Source
+    config: ModelConfig
+    decision: DraftQuantization
+    layout: Layout
+    has_own_head: bool
+    has_own_embedding: bool
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """warnings: for the log, where a person may have meant something else."""
+
+    source: Source
+    quantization: CheckedQuantization
+    layout: Layout
+    draft: DraftPlan | None
+    report: LoadReport
+    warnings: tuple[str, ...]
+
+
+def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPlan:
+    """Decide what is loaded, how, and whether it can be.
+
+    want_draft: True loads the NextN layer or stops, False leaves it out, None loads it where config.json names one
+    Raises CheckpointError, QuantizationError or ConfigError, naming the tensor or field and the remedy.
+    """
+    dummy = engine_config.load_format == "dummy"
+    source = Source.open(engine_config.model_path, flag="--model-path", dummy=dummy)
+    _check_method(source, engine_config.quantization)
+    flag = f"--quantization {engine_config.quantization}" if engine_config.quantization else None
+    quantization = CheckedQuantization(source.quantization, source.dtypes, decided_by=flag)
+    layout = target_layout(source.config, quantization)
+    draft_source = source
+    if engine_config.draft_model_path is not None:
+        draft_source = Source.open(
+            engine_config.draft_model_path, flag="--speculative-draft-model-path", dummy=dummy, has_target=False
+        )
+        _check_fits(source.config, draft_source)
+    if want_draft is None:
+        want_draft = draft_source.config.num_nextn_predict_layers > 0
+    draft = _plan_draft(draft_source, source.config, engine_config.draft_quantization) if want_draft else None
+    if source.index is not None:
+        _check_target_files(source, layout)
+    if draft is not None and draft_source.index is not None:
+        check_fit(draft_source.index, draft.layout, draft_source.draft_tensors.keys())
+    report = LoadReport(
+        report_target(source, layout),
+        report_draft(draft_source, draft.layout, source) if draft is not None else (),
+        draft.decision.reason if draft is not None else None,
+        str(draft_source.folder) if draft is not None and draft_source is not source else None,
+    )
+    return LoadPlan(source, quantization, layout, draft, report, tuple(_warnings(draft_source, draft)))
+
+
+def check_values(plan: LoadPlan) -> None:
+    """What headers cannot tell, as far as little reading shows it: norms, and a head that is tied.
+
+    Raises CheckpointError naming the tensor and the remedy.
+    """
+    if plan.source.index is None:
+        return
+    check_norms(plan.source.index, plan.layout)
+    if plan.source.config.tie_word_embeddings:
+        check_tied_head(plan.source.index, HEAD, EMBEDDING)
+    if plan.draft is not None and plan.draft.source.index is not None:
+        check_norms(plan.draft.source.index, plan.draft.layout)
+
+
+def _check_target_files(source: Source, layout: Layout) -> None:
+    assert source.index is not None, "only for checkpoints with weights"
+    tied = {HEAD} if source.config.tie_word_embeddings else set()
+    check_fit(source.index, layout, source.index.tensors.keys() - source.draft_tensors.keys() - tied)
+
+
+def _plan_draft(source: Source, target: ModelConfig, override: str | None) -> DraftPlan:
+    prefix, tensors = source.draft_prefix, source.draft_tensors
+    if source.config.num_nextn_predict_layers == 0:
+        has_layer = f", although the files have {len(tensors)} tensors {prefix}*" if tensors else ""
+        raise CheckpointError(
+            f"{source.folder}: config.json names no NextN layer (num_nextn_predict_layers is 0{has_layer}), but "
+            "drafting was asked for; pass --speculative-algorithm none, or --speculative-draft-model-path with a "
+            "checkpoint that has one"
+        )
+    if source.index is not None and not tensors:
+        raise CheckpointError(
+            f"{source.folder}: config.json names a NextN layer, but no file has a tensor {prefix}*; download the "
+            "missing file (often mtp.safetensors), or pass --speculative-algorithm none"
+        )
+    dtypes = {name: info.dtype for name, info in tensors.items()} if source.index is not None else None
+    decision = decide_draft_quantization(source.quantization, override, dtypes)
+    config = replace(source.config, max_position_embeddings=target.max_position_embeddings)
+    has_own_head = f"{prefix}shared_head.head.weight" in tensors
+    has_own_embedding = f"{prefix}embed_tokens.weight" in tensors
+    layout = nextn_layout(config, decision.stored, has_own_head=has_own_head, has_own_embedding=has_own_embedding)
+    return DraftPlan(source, config, decision, layout, has_own_head, has_own_embedding)
+
+
+def _check_method(source: Source, wanted: str | None) -> None:
+    found = source.quantization.method if source.quantization is not None else "unquantized"
+    if wanted is not None and wanted != found:
+        raise QuantizationError(
+            f"--quantization {wanted}: the checkpoint is {found}; leave the flag away to use {found}"
+        )
+
+
+def _check_fits(target: ModelConfig, draft: Source) -> None:
+    for field in MUST_FIT:
+        found, expected = getattr(draft.config, field), getattr(target, field)
+        if found != expected:
+            raise CheckpointError(
+                f"--speculative-draft-model-path {draft.folder}: {field}: found {found}, expected {expected} as in the "
+                "target; take the NextN layer of a checkpoint of the same model"
+            )
+
+
+def _warnings(source: Source, draft: DraftPlan | None) -> list[str]:
+    if draft is not None:
+        return [draft.decision.warning] if draft.decision.warning is not None else []
+    if source.config.num_nextn_predict_layers == 0 and source.draft_tensors:
+        return [
+            f"{source.folder}: the files have a NextN layer ({len(source.draft_tensors)} tensors "
+            f"{source.draft_prefix}*), but config.json says num_nextn_predict_layers 0, so nothing drafts; set it to 1"
+        ]
+    return []

@@ -1,0 +1,140 @@
+"""What can be wrong with the numbers themselves: scales that cannot scale, and norms stored in another convention.
+
+Without torch: the doctor reads with these functions too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from nextn.checkpoint.header import TensorInfo
+from nextn.checkpoint.index import CheckpointIndex
+from nextn.checkpoint.layout import SCALES, Layout
+from nextn.errors import CheckpointError
+
+FloatArray = npt.NDArray[np.floating]
+
+SHIFTED_MEAN = 0.25
+SHIFTED_SHARE = 0.2
+"""A norm looks shifted by one if its mean is below the first and at least the second of its weights are ≤ 0.
+
+Published GLM norms multiply as they are. A trained norm may well have a small mean (early layers, 0.02 - 0.1), so the
+mean alone proves nothing; but its weights start at 1 and are positive almost to the last one. Stored as w - 1, weights
+that are spread around 1 are spread around 0, and weights below 1 are all negative. Norms that grew far above 1 escape.
+"""
+_CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class NormFigures:
+    """mean: of the weights; negative: share of them that is ≤ 0; spread: largest minus smallest."""
+
+    name: str
+    mean: float
+    negative: float
+    spread: float
+
+    @property
+    def looks_shifted(self) -> bool:
+        return self.mean < SHIFTED_MEAN and self.negative >= SHIFTED_SHARE
+
+
+def check_scale(name: str, values: FloatArray) -> None:
+    """Raises CheckpointError if a scale is zero, negative, infinite or NaN, with the first such value."""
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        first = float(values[bad].reshape(-1)[0])
+        raise CheckpointError(
+            f"{name}: holds a scale that is zero, negative, infinite or NaN (found {first}, expected a number above "
+            "0); quantize the checkpoint again"
+        )
+
+
+def check_scales(index: CheckpointIndex, layout: Layout) -> None:
+    """As ``check_scale``, of every scale of the layout."""
+    names = [tensor.name for tensor in layout.tensors() if tensor.role in SCALES]
+    for name, values in read_floats(index, names):
+        check_scale(name, values)
+
+
+def check_norms(index: CheckpointIndex, layout: Layout) -> list[NormFigures]:
+    """The figures of every norm.
+
+    Raises CheckpointError if most norms of the target, of the draft's block, or the draft's own three look shifted.
+    """
+    norms = [tensor for tensor in layout.tensors() if tensor.role == "norm"]
+    figures = [_figures(name, values) for name, values in read_floats(index, [tensor.name for tensor in norms])]
+    groups: dict[bool, list[NormFigures]] = {}
+    for one in figures:
+        groups.setdefault(one.name.endswith((".enorm.weight", ".hnorm.weight", ".shared_head.norm.weight")), []).append(
+            one
+        )
+    for group in groups.values():
+        shifted = [one for one in group if one.looks_shifted]
+        if 2 * len(shifted) > len(group):
+            first = shifted[0]
+            raise CheckpointError(
+                f"{first.name}: mean {first.mean:.3f}, {first.negative:.0%} of its weights are not above 0, and "
+                f"{len(shifted)} of {len(group)} such norms are alike: they are stored shifted by one (w - 1), "
+                "expected as they multiply; add 1 to the norm weights"
+            )
+    return figures
+
+
+def check_tied_head(index: CheckpointIndex, head: str, embedding: str) -> None:
+    """Raises CheckpointError if a head that config.json ties to the embedding is in the files and differs from it."""
+    if head not in index.tensors or embedding not in index.tensors:
+        return
+    ours, theirs = index.tensors[head], index.tensors[embedding]
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape) or not _same_bytes(ours, theirs):
+        raise CheckpointError(
+            f"{head}: differs from {embedding}, but config.json says tie_word_embeddings; set it to false, or remove "
+            "the tensor"
+        )
+
+
+def read_floats(index: CheckpointIndex, names: Iterable[str]) -> Iterator[tuple[str, FloatArray]]:
+    """(name, values) of floating-point tensors, in the order they lie in the files."""
+    ordered = sorted(names, key=lambda name: (index.tensors[name].file, index.tensors[name].start))
+    with ExitStack() as stack:
+        streams: dict[Path, BinaryIO] = {}
+        for name in ordered:
+            info = index.tensors[name]
+            try:
+                if info.file not in streams:
+                    streams[info.file] = stack.enter_context(info.file.open("rb"))
+                streams[info.file].seek(info.start)
+                raw = streams[info.file].read(info.num_bytes)
+            except OSError as error:
+                raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
+            yield name, _decode(info, raw)
+
+
+def _decode(info: TensorInfo, raw: bytes) -> FloatArray:
+    if info.dtype == "BF16":  # the upper half of a float32
+        wide = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(info.shape)
+    return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[info.dtype]).reshape(info.shape)
+
+
+def _figures(name: str, values: FloatArray) -> NormFigures:
+    exact = values.astype(np.float64)
+    return NormFigures(name, float(exact.mean()), float((exact <= 0).mean()), float(exact.max() - exact.min()))
+
+
+def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    with a.file.open("rb") as first, b.file.open("rb") as second:
+        first.seek(a.start)
+        second.seek(b.start)
+        for done in range(0, a.num_bytes, _CHUNK):
+            size = min(_CHUNK, a.num_bytes - done)
+            if first.read(size) != second.read(size):
+                return False
+    return True

@@ -1,0 +1,143 @@
+"""A NextN layer out of another checkpoint: taken with its own quantization where it fits, refused with both values."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from nextn import LLM, SamplingParams, demo
+from nextn.checkpoint.loader import LoadedModel, load_model
+from nextn.config.engine_config import EngineConfig
+from nextn.config.server_args import ServerArgs
+from nextn.errors import CheckpointError, QuantizationError
+from safetensors.torch import load_file
+
+from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
+
+CONFIG = tiny_config()
+LAST = "model.layers.3"
+QUANTS: tuple[Quant, ...] = get_args(Quant)
+
+
+def load(target: Path, donor: Path, **options: Any) -> LoadedModel:
+    config = EngineConfig(model_path=str(target), draft_model_path=str(donor), **options)
+    return load_model(config, device=torch.device("cpu"), dtype=torch.float32, want_draft=True)
+
+
+def schemes(loaded: LoadedModel) -> tuple[str, str]:
+    """Of the target's and of the draft's experts."""
+    return (
+        next(m.scheme for m in loaded.report.target if m.kind == "experts.w2"),
+        next(m.scheme for m in loaded.report.draft if m.kind == "experts.w2"),
+    )
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("target_quant", ["none", "channel"])
+def test_the_layer_keeps_the_quantization_of_where_it_comes_from(
+    target_quant: Quant, quant: Quant, tmp_path: Path
+) -> None:
+    target = write_checkpoint(tmp_path / "target", tiny_config(num_nextn_predict_layers=0), quant=target_quant, seed=1)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant=quant, seed=2)
+    loaded = load(target, donor)
+    kinds = {"none": "unquantized", "channel": "fp8_channel"}
+    expected = {"block": "fp8_block", "ct_block": "fp8_block", "tensor": "fp8_tensor", "tensor_static": "fp8_tensor"}
+    assert schemes(loaded) == (kinds[target_quant], expected.get(quant) or kinds[quant])
+    assert loaded.report.draft_path == str(donor)
+    assert f"from {donor}" in loaded.report.as_table()
+    assert loaded.draft is not None
+    stored = load_file(donor / "mtp.safetensors")[f"{LAST}.enorm.weight"]
+    torch.testing.assert_close(loaded.draft.enorm.weight.data, stored.float())
+    assert loaded.draft.embed_tokens is loaded.target.embed_tokens
+    assert loaded.draft.head is loaded.target.lm_head
+
+
+def test_its_own_head_and_embedding_come_along(tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path / "target", tiny_config(num_nextn_predict_layers=0))
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, own_head=True, own_embedding=True, seed=2)
+    loaded = load(target, donor)
+    assert loaded.draft is not None
+    assert loaded.draft.embed_tokens is not loaded.target.embed_tokens
+    assert "the target's" not in loaded.report.as_table()
+
+
+def test_the_donor_needs_no_more_than_its_layer(tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant="channel", seed=2)
+    (donor / "model.safetensors").unlink()
+    (donor / "model.safetensors.index.json").unlink()
+    assert schemes(load(target, donor)) == ("unquantized", "fp8_channel")
+
+
+def test_the_layers_own_context_length_does_not_matter(tmp_path: Path) -> None:
+    """4.5's layer (131072 positions) must reach as far as 4.6 (202752): rotary tables are computed, not trained."""
+    target = write_checkpoint(tmp_path / "target", tiny_config(max_position_embeddings=1024))
+    donor = write_checkpoint(tmp_path / "donor", tiny_config(max_position_embeddings=64))
+    loaded = load(target, donor)
+    assert loaded.draft is not None
+    assert loaded.draft.config.max_position_embeddings == 1024
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden size": ({"hidden_size": 64}, "hidden_size: found 64, expected 48"),
+    "vocabulary": ({"vocab_size": 65}, "vocab_size: found 65, expected 64"),
+    "layer index": ({"num_hidden_layers": 4}, "num_hidden_layers: found 4, expected 3"),
+    "heads": ({"num_attention_heads": 8}, "num_attention_heads: found 8, expected 4"),
+    "KV heads": ({"num_key_value_heads": 1}, "num_key_value_heads: found 1, expected 2"),
+    "head size": ({"head_dim": 32}, "head_dim: found 32, expected 16"),
+    "rotation": ({"rope_theta": 5000.0}, r"rope_theta: found 5000\.0, expected 10000\.0"),
+    "rotated share": ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor: found 0\.25, expected 0\.5"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_layer_that_does_not_fit_is_refused_with_both_values(name: str, tmp_path: Path) -> None:
+    changes, message = MISFITS[name]
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    donor = write_checkpoint(tmp_path / "donor", tiny_config(**changes))
+    with pytest.raises(CheckpointError, match=f"--speculative-draft-model-path .*donor: {message}"):
+        load(target, donor)
+
+
+def test_a_donor_without_the_layer_is_refused(tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    donor = write_checkpoint(tmp_path / "donor", tiny_config(num_nextn_predict_layers=0))
+    with pytest.raises(CheckpointError, match=r"donor: config\.json names no NextN layer"):
+        load(target, donor)
+    with pytest.raises(CheckpointError, match=r"--speculative-draft-model-path .*nowhere: there is no such folder"):
+        load(target, tmp_path / "nowhere")
+
+
+def test_the_donors_layer_is_checked_like_the_targets(tmp_path: Path) -> None:
+    def no_scale(state: State) -> None:
+        del state[f"{LAST}.self_attn.o_proj.weight_scale"]
+
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant="channel", mutate=no_scale)
+    with pytest.raises(QuantizationError, match=f"{LAST}.self_attn.o_proj: float8_e4m3fn weight, but it has no"):
+        load(target, donor)
+
+
+def test_the_override_is_judged_against_the_donor(tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant="block")
+    assert schemes(load(target, donor, draft_quantization="fp8")) == ("unquantized", "fp8_block")
+    with pytest.raises(QuantizationError, match="the draft's tensors are fp8, which is not compatible"):
+        load(target, donor, draft_quantization="compressed-tensors")
+
+
+def test_the_flag_reaches_the_engine_and_drafts_as_well(tmp_path: Path) -> None:
+    """The embedded model's own layer, taken out of a copy, drafts exactly as in place."""
+    donor = shutil.copytree(demo.checkpoint_dir(), tmp_path / "donor")
+    args = ServerArgs.from_cli(["--speculative-draft-model-path", str(donor)], {})
+    assert args.engine_config("x").draft_model_path == str(donor)
+    prompt, params = "The capital of France is", SamplingParams(max_new_tokens=24, temperature=0.0)
+    options: dict[str, Any] = {"speculative_num_steps": 3, "max_running_requests": 1, "context_length": 256}
+    own = LLM(**options).generate(prompt, params)[0]
+    other = LLM(speculative_draft_model_path=str(donor), **options).generate(prompt, params)[0]
+    assert other.output_ids == own.output_ids
+    assert other.meta_info["num_accepted"] == own.meta_info["num_accepted"]
+    assert sum([other.meta_info["num_accepted"]]) > 0
