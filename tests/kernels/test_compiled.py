@@ -9,6 +9,7 @@ import torch
 from nextn.kernels import native
 from nextn.kernels.fused_moe import PackedExperts, dense_mlp, fused_moe, pack_experts
 from nextn.kernels.linear import PackedWeight, linear, pack_weight
+from nextn.kernels.nextn_input import nextn_input
 from nextn.kernels.paged_attention import make_attention_layout, paged_attention
 from nextn.kernels.rms_norm import rms_norm
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
@@ -158,6 +159,14 @@ def test_rms_norm(size: int) -> None:
     x, weight = torch.randn(5, size), torch.randn(size)
     wide = x.double()
     assert_near(rms_norm(x, weight, 1e-5), wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight)
+
+
+def test_nextn_input() -> None:
+    ids, embedding, hidden = torch.tensor([3, 0, 6]), torch.randn(7, 40), torch.randn(3, 40)
+    enorm, hnorm = torch.randn(40), torch.randn(40)
+    found = nextn_input(ids, embedding, hidden, enorm, hnorm, 1e-5)
+    assert_near(found[:, :40], torch.nn.functional.rms_norm(embedding[ids].double(), (40,), enorm.double(), 1e-5))
+    assert_near(found[:, 40:], torch.nn.functional.rms_norm(hidden.double(), (40,), hnorm.double(), 1e-5))
 
 
 @pytest.mark.parametrize("with_norm", [True, False])

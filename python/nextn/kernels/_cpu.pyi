@@ -2,6 +2,18 @@
 
 def linear(weight: int, x: int, num_rows: int, residual: int, out: int, /) -> None: ...
 def rms_norm(x: int, weight: int, num_rows: int, size: int, eps: float, out: int, /) -> None: ...
+def nextn_input(
+    ids: int,
+    embedding: int,
+    hidden: int,
+    enorm: int,
+    hnorm: int,
+    num_tokens: int,
+    size: int,
+    eps: float,
+    out: int,
+    /,
+) -> None: ...
 def fused_moe(
     w13: int,
     w2: int,

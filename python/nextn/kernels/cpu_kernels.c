@@ -167,17 +167,27 @@ static void linear(const Weight *w, const float *x, int64_t num_rows, const floa
     }
 }
 
+INLINE void norm_row(const float *x, const float *weight, int64_t size, float eps, float *out) {
+    float lanes[16] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16)
+        for (int j = 0; j < 16; j++) lanes[j] += x[i + j] * x[i + j];
+    for (; i < size; i++) lanes[0] += x[i] * x[i];
+    for (int j = 0; j < 16; j++) sum += lanes[j];
+    float factor = 1.0f / sqrtf(sum / size + eps);
+    for (i = 0; i < size; i++) out[i] = x[i] * factor * weight[i];
+}
+
 DISPATCHED static void rms_norm(const float *x, const float *weight, int64_t num_rows, int64_t size, float eps,
                                 float *out) {
-    for (int64_t r = 0; r < num_rows; r++, x += size, out += size) {
-        float lanes[16] = {0}, sum = 0;
-        int64_t i = 0;
-        for (; i + 16 <= size; i += 16)
-            for (int j = 0; j < 16; j++) lanes[j] += x[i + j] * x[i + j];
-        for (; i < size; i++) lanes[0] += x[i] * x[i];
-        for (int j = 0; j < 16; j++) sum += lanes[j];
-        float factor = 1.0f / sqrtf(sum / size + eps);
-        for (i = 0; i < size; i++) out[i] = x[i] * factor * weight[i];
+    for (int64_t r = 0; r < num_rows; r++) norm_row(x + r * size, weight, size, eps, out + r * size);
+}
+
+DISPATCHED static void nextn_input(const int64_t *ids, const float *embedding, const float *hidden, const float *enorm,
+                                   const float *hnorm, int64_t num_tokens, int64_t size, float eps, float *out) {
+    for (int64_t t = 0; t < num_tokens; t++, out += 2 * size) {
+        norm_row(embedding + ids[t] * size, enorm, size, eps, out);
+        norm_row(hidden + t * size, hnorm, size, eps, out + size);
     }
 }
 
@@ -520,6 +530,10 @@ static int call_rms_norm(const Argument *a) {
     rms_norm(a[0].p, a[1].p, a[2].i, a[3].i, (float)a[4].f, a[5].p);
     return 0;
 }
+static int call_nextn_input(const Argument *a) {
+    nextn_input(a[0].p, a[1].p, a[2].p, a[3].p, a[4].p, a[5].i, a[6].i, (float)a[7].f, a[8].p);
+    return 0;
+}
 static int call_fused_moe(const Argument *a) {
     return fused_moe(a[0].p, a[1].p, a[2].i, (int)a[3].i, a[4].p, a[5].i, a[6].i, a[7].p, a[8].p, a[9].p, a[10].p);
 }
@@ -538,6 +552,7 @@ static int call_paged_attention(const Argument *a) {
 
 METHOD(linear, 5)
 METHOD(rms_norm, 6)
+METHOD(nextn_input, 9)
 METHOD(fused_moe, 11)
 METHOD(route, 11)
 METHOD(rope_and_cache, 15)
@@ -546,6 +561,8 @@ METHOD(paged_attention, 16)
 static PyMethodDef methods[] = {
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "weight, x, num_rows, residual, out"},
     {"rms_norm", (PyCFunction)(void (*)(void))py_rms_norm, METH_FASTCALL, "x, weight, num_rows, size, eps, out"},
+    {"nextn_input", (PyCFunction)(void (*)(void))py_nextn_input, METH_FASTCALL,
+     "ids, embedding, hidden, enorm, hnorm, num_tokens, size, eps, out"},
     {"fused_moe", (PyCFunction)(void (*)(void))py_fused_moe, METH_FASTCALL,
      "w13, w2, num_experts, has_shared, x, num_tokens, top_k, ids, weights, residual, out"},
     {"route", (PyCFunction)(void (*)(void))py_route, METH_FASTCALL,

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
+from nextn.kernels.nextn_input import nextn_input
 from nextn.kernels.rope_and_cache import Rotation
 from nextn.kernels.rotary import make_rotary_table
 from nextn.layers.batch import ExtendBatch
@@ -125,8 +126,15 @@ class Glm4MoeForCausalLMNextN(nn.Module):
 
     def _combine(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """eh_proj(concat[enorm(embed(t)), hnorm(h)]), [T, H]."""
-        embedded = self.enorm.forward(self.embed_tokens.forward(input_ids))
-        return self.eh_proj.forward(torch.cat([embedded, self.hnorm.forward(hidden_states)], -1))
+        both = nextn_input(
+            input_ids,
+            self.embed_tokens.weight,
+            hidden_states,
+            self.enorm.weight,
+            self.hnorm.weight,
+            self.config.rms_norm_eps,
+        )
+        return self.eh_proj.forward(both)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, H], as ``forward`` returns it. Returns [R, vocab_size] float32."""
