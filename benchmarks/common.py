@@ -26,9 +26,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def prompts(llm: LLM, num: int) -> list[list[int]]:
-    """Held-out conversations with open answers, as token ids."""
-    items = held_out_items(seed=7, num_quiz=0, num_tools=0, num_open=num)
-    return [llm.tokenizer.encode(item.prompt, add_special_tokens=False) for item in items][:num]
+    """``num`` different held-out conversations with open answers, as token ids."""
+    drawn = held_out_items(seed=7, num_quiz=0, num_tools=0, num_open=2 * num + 8)[:num]
+    assert len(drawn) == num, "draws that repeat a prompt are left out; draw more"
+    return [llm.tokenizer.encode(item.prompt, add_special_tokens=False) for item in drawn]
 
 
 def alternate(sides: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:

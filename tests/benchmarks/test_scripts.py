@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from nextn.llm import LLM
+
+from benchmarks.common import prompts
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "common"))
@@ -23,6 +26,14 @@ def test_every_script_explains_itself(script: str) -> None:
     text = run(script, "--help")
     assert "--quick" in text
     assert "--json" in text
+
+
+def test_as_many_streams_run_as_the_table_says() -> None:
+    llm = LLM(speculative_num_steps=0)
+    for num in (1, 16, 64):
+        found = prompts(llm, num)
+        assert len(found) == num
+        assert len(set(map(tuple, found))) == num
 
 
 def test_a_shared_prefix_makes_later_first_tokens_at_least_five_times_faster(tmp_path: Path) -> None:
