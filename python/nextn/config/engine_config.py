@@ -36,3 +36,10 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     num_draft_steps: int | None = None
     random_seed: int = 0
+
+    @property
+    def wants_draft(self) -> bool | None:
+        """Whether the NextN layer is loaded. True: it must be; False: no; None: where the checkpoint names one."""
+        if self.num_draft_steps is None:
+            return True if self.draft_model_path is not None else None
+        return self.num_draft_steps > 0

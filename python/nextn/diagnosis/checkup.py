@@ -1,0 +1,201 @@
+"""The examination itself: the loader's own plan is made, and what it says is put into words and numbers."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from nextn.checkpoint.hub import resolve_model
+from nextn.checkpoint.index import CheckpointIndex
+from nextn.checkpoint.layout import SCALES, Layout
+from nextn.checkpoint.plan import LoadPlan, check_values, make_plan
+from nextn.checkpoint.report import LoadReport
+from nextn.checkpoint.values import check_norms, check_scales
+from nextn.config.engine_config import EngineConfig
+from nextn.config.server_args import ServerArgs
+from nextn.demo import checkpoint_dir
+from nextn.diagnosis.memory import GpuMemory, memory_by_tp
+from nextn.diagnosis.options import DoctorOptions
+from nextn.diagnosis.pitfalls import Pitfall, find_pitfalls
+from nextn.errors import NextnError
+
+FINE, DRAFTS_BADLY, REFUSED = 0, 1, 2
+GB = 10**9
+
+_PRECISION = {
+    "fp8_channel": "FP8, a scale per output channel",
+    "fp8_tensor": "FP8, a scale per tensor",
+    "fp8_block": "FP8, a scale per block",
+    "unquantized": "unquantized",
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """parameters: of the target, scales not counted; draft_parameters: of the NextN layer; stored_bytes: of both."""
+
+    folder: str
+    num_layers: int
+    num_experts: int
+    quantization: str
+    parameters: int
+    draft_parameters: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """exit_code: 0 fine, 1 serves but does not draft well, 2 the server would refuse it
+
+    refusal: the loader's own error; serves_without_draft: for what is refused, whether `--speculative-algorithm none`
+        would serve it
+    drafts: whether the NextN layer will draft; precision, reason: how and why, or why it will not
+    depth: what was read; concerns: what speaks against a good draft; warnings: the loader's
+    command: what to type
+    """
+
+    checkpoint: str
+    exit_code: int
+    depth: Literal["headers", "headers, scales and norms"]
+    refusal: str | None = None
+    serves_without_draft: bool | None = None
+    serves: bool = False
+    drafts: bool = False
+    precision: str | None = None
+    reason: str | None = None
+    concerns: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    model: ModelFacts | None = None
+    report: LoadReport | None = None
+    gpu_gb: float = 0.0
+    memory: tuple[GpuMemory, ...] = ()
+    pitfalls: tuple[Pitfall, ...] = ()
+    command: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(options: DoctorOptions) -> Diagnosis:
+    """Never raises for anything a checkpoint can contain: what the loader refuses is a refusal in the answer."""
+    name = options.checkpoint if options.checkpoint is not None else str(checkpoint_dir())
+    depth: Literal["headers", "headers, scales and norms"] = "headers, scales and norms" if options.deep else "headers"
+    try:
+        folder = str(resolve_model(name, "CHECKPOINT"))
+        config = options.engine_config(folder)
+        plan = make_plan(config, want_draft=config.wants_draft)
+        concerns = _read_values(plan) if options.deep else ()
+    except NextnError as error:
+        without = _serves_without_draft(options, name)
+        return Diagnosis(name, REFUSED, depth, refusal=str(error), serves_without_draft=without)
+    concerns = (*concerns, *_no_draft(plan, config))
+    memory = memory_by_tp(plan, options.gpu_gb * GB)
+    return Diagnosis(
+        name,
+        DRAFTS_BADLY if concerns else FINE,
+        depth,
+        serves=True,
+        drafts=plan.draft is not None,
+        precision=_precision(plan),
+        reason=plan.report.draft_reason,
+        concerns=concerns,
+        warnings=plan.warnings,
+        model=_facts(plan, folder),
+        report=plan.report,
+        gpu_gb=options.gpu_gb,
+        memory=memory,
+        pitfalls=find_pitfalls(plan, memory),
+        command=_command(options, memory),
+    )
+
+
+def _read_values(plan: LoadPlan) -> tuple[str, ...]:
+    """What the loader checks when it reads, on scales and norms alone; and signs of a draft that was never trained.
+
+    Raises CheckpointError as the loader would.
+    """
+    check_values(plan)
+    if plan.source.index is not None:
+        check_scales(plan.source.index, plan.layout)
+    draft = plan.draft
+    if draft is None or draft.source.index is None:
+        return ()
+    check_scales(draft.source.index, draft.layout)
+    norms = check_norms(draft.source.index, draft.layout)
+    if any(one.spread > 0 or one.mean != 1 for one in norms):
+        return ()
+    return (
+        f"every norm of the NextN layer is exactly 1 ({norms[0].name} and {len(norms) - 1} more), as before the first "
+        "training step: its drafts will be accepted by chance only",
+    )
+
+
+def _serves_without_draft(options: DoctorOptions, name: str) -> bool | None:
+    """None where leaving the draft away changes nothing."""
+    try:
+        config = options.engine_config(str(resolve_model(name, "CHECKPOINT")))
+        if config.wants_draft is False:
+            return None
+        plan = make_plan(config, want_draft=False)
+        if options.deep:
+            _read_values(plan)
+    except NextnError:
+        return False
+    return True
+
+
+def _no_draft(plan: LoadPlan, config: EngineConfig) -> tuple[str, ...]:
+    if plan.draft is not None:
+        return ()
+    if config.wants_draft is False:
+        return ("drafting is switched off by --speculative-algorithm none",)
+    return ("there is no NextN layer: config.json says num_nextn_predict_layers 0",)
+
+
+def _precision(plan: LoadPlan) -> str | None:
+    if plan.draft is None:
+        return None
+    if plan.draft.decision.config is not plan.draft.decision.stored:
+        return "unquantized, expanded from FP8 on load"
+    kinds = dict.fromkeys(linear.scheme.kind for linear in plan.draft.layout.linears if linear.kind != "eh_proj")
+    return " and ".join(_PRECISION[kind] for kind in kinds)
+
+
+def _facts(plan: LoadPlan, folder: str) -> ModelFacts:
+    config, draft = plan.source.config, plan.draft
+    stored = _stored_bytes(plan.source.index, plan.layout)
+    if draft is not None:
+        stored += _stored_bytes(draft.source.index, draft.layout)
+    return ModelFacts(
+        folder,
+        config.num_hidden_layers,
+        config.n_routed_experts,
+        plan.quantization.method,
+        sum(_sizes(plan.layout)),
+        sum(_sizes(draft.layout)) if draft is not None else 0,
+        stored,
+    )
+
+
+def _sizes(layout: Layout) -> Iterator[int]:
+    return (math.prod(tensor.shape) for tensor in layout.tensors() if tensor.role not in SCALES)
+
+
+def _stored_bytes(index: CheckpointIndex | None, layout: Layout) -> int:
+    return sum(index.tensors[tensor.name].num_bytes for tensor in layout.tensors()) if index is not None else 0
+
+
+def _command(options: DoctorOptions, memory: tuple[GpuMemory, ...]) -> str:
+    """A command that this version takes; the smallest tensor-parallel size that fits, where it knows such a flag."""
+    words = ["python", "-m", "nextn.launch_server"]
+    if options.checkpoint is not None:
+        words += ["--model-path", options.checkpoint]
+    for name, value in options.server.items():
+        words += ["--" + name.replace("_", "-"), value]
+    smallest = next((one.tp_size for one in memory if one.fits and not one.misaligned), None)
+    if smallest is not None and smallest > 1 and "tp_size" in {field.name for field in fields(ServerArgs)}:
+        words += ["--tp-size", str(smallest)]
+    return shlex.join(words)
