@@ -43,7 +43,7 @@ class Engine:
         started = time.monotonic()
         device = torch.device("cpu")
         self.config = config
-        self._loaded = load_model(config, device=device, dtype=_dtype(config.dtype), want_draft=_wants_draft(config))
+        self._loaded = load_model(config, device=device, dtype=_dtype(config.dtype), want_draft=config.wants_draft)
         model_config, draft = self._loaded.model_config, self._loaded.draft
         num_drafts = config.num_draft_steps
         self._policy: DraftLengthPolicy | None = None
@@ -314,10 +314,3 @@ def _dtype(name: str) -> torch.dtype:
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }[name]
-
-
-def _wants_draft(config: EngineConfig) -> bool | None:
-    """False: do not load it; True: it must be there; None: if the checkpoint has one."""
-    if config.num_draft_steps is None:
-        return True if config.draft_model_path is not None else None
-    return config.num_draft_steps > 0
