@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from nextn.checkpoint.hub import resolve_model
+from nextn.checkpoint.hub_headers import folder_with_headers
 from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.layout import SCALES, Layout
 from nextn.checkpoint.plan import LoadPlan, check_values, make_plan
@@ -24,6 +26,8 @@ from nextn.errors import NextnError
 
 FINE, DRAFTS_BADLY, REFUSED = 0, 1, 2
 GB = 10**9
+
+Depth = Literal["headers", "headers, scales and norms"]
 
 _PRECISION = {
     "fp8_channel": "FP8, a scale per output channel",
@@ -59,7 +63,7 @@ class Diagnosis:
 
     checkpoint: str
     exit_code: int
-    depth: Literal["headers", "headers, scales and norms"]
+    depth: Depth
     refusal: str | None = None
     serves_without_draft: bool | None = None
     serves: bool = False
@@ -82,14 +86,34 @@ class Diagnosis:
 def examine(options: DoctorOptions) -> Diagnosis:
     """Never raises for anything a checkpoint can contain: what the loader refuses is a refusal in the answer."""
     name = options.checkpoint if options.checkpoint is not None else str(checkpoint_dir())
-    depth: Literal["headers", "headers, scales and norms"] = "headers, scales and norms" if options.deep else "headers"
+    depth: Depth = "headers, scales and norms" if options.deep else "headers"
     try:
-        folder = str(resolve_model(name, "CHECKPOINT"))
-        config = options.engine_config(folder)
+        with ExitStack() as folders:
+            return _examine(name, _engine_config(options, name, folders), options, depth)
+    except NextnError as error:
+        return Diagnosis(name, REFUSED, depth, refusal=str(error))
+
+
+def _engine_config(options: DoctorOptions, name: str, folders: ExitStack) -> EngineConfig:
+    """The server's, with folders in place of names: values are read from whole checkpoints, headers are enough else."""
+
+    def folder(name: str, flag: str) -> str:
+        return str(
+            resolve_model(name, flag) if options.deep else folders.enter_context(folder_with_headers(name, flag))
+        )
+
+    config = options.engine_config(folder(name, "CHECKPOINT"))
+    if config.draft_model_path is None:
+        return config
+    return replace(config, draft_model_path=folder(config.draft_model_path, "--speculative-draft-model-path"))
+
+
+def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Depth) -> Diagnosis:
+    try:
         plan = make_plan(config, want_draft=config.wants_draft)
         concerns = _read_values(plan) if options.deep else ()
     except NextnError as error:
-        without = _serves_without_draft(options, name)
+        without = _serves_without_draft(config, options.deep)
         return Diagnosis(name, REFUSED, depth, refusal=str(error), serves_without_draft=without)
     concerns = (*concerns, *_no_draft(plan, config))
     memory = memory_by_tp(plan, options.gpu_gb * GB)
@@ -103,7 +127,7 @@ def examine(options: DoctorOptions) -> Diagnosis:
         reason=plan.report.draft_reason,
         concerns=concerns,
         warnings=plan.warnings,
-        model=_facts(plan, folder),
+        model=_facts(plan),
         report=plan.report,
         gpu_gb=options.gpu_gb,
         memory=memory,
@@ -133,14 +157,13 @@ def _read_values(plan: LoadPlan) -> tuple[str, ...]:
     )
 
 
-def _serves_without_draft(options: DoctorOptions, name: str) -> bool | None:
+def _serves_without_draft(config: EngineConfig, deep: bool) -> bool | None:
     """None where leaving the draft away changes nothing."""
+    if config.wants_draft is False:
+        return None
     try:
-        config = options.engine_config(str(resolve_model(name, "CHECKPOINT")))
-        if config.wants_draft is False:
-            return None
-        plan = make_plan(config, want_draft=False)
-        if options.deep:
+        plan = make_plan(replace(config, draft_model_path=None, draft_quantization=None), want_draft=False)
+        if deep:
             _read_values(plan)
     except NextnError:
         return False
@@ -164,13 +187,13 @@ def _precision(plan: LoadPlan) -> str | None:
     return " and ".join(_PRECISION[kind] for kind in kinds)
 
 
-def _facts(plan: LoadPlan, folder: str) -> ModelFacts:
+def _facts(plan: LoadPlan) -> ModelFacts:
     config, draft = plan.source.config, plan.draft
     stored = _stored_bytes(plan.source.index, plan.layout)
     if draft is not None:
         stored += _stored_bytes(draft.source.index, draft.layout)
     return ModelFacts(
-        folder,
+        str(plan.source.folder),
         config.num_hidden_layers,
         config.n_routed_experts,
         plan.quantization.method,

@@ -47,7 +47,7 @@ def parse_options(argv: Sequence[str] | None = None) -> DoctorOptions:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", nargs="?", help="folder or hub name; default: the embedded model")
-    parser.add_argument("--deep", action="store_true", help="also read scales and norms")
+    parser.add_argument("--deep", action="store_true", help="also read scales and norms (downloads a hub name)")
     parser.add_argument("--gpu-memory", type=_gigabytes, default=DEFAULT_GPU_GB, metavar="GB", dest="gpu_gb")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture of the memory by part")
