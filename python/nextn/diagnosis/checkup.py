@@ -58,6 +58,7 @@ class Diagnosis:
         would serve it
     drafts: whether the NextN layer will draft; precision, reason: how and why, or why it will not
     depth: what was read; concerns: what speaks against a good draft; warnings: the loader's
+    min_gpus: smallest tensor-parallel size that fits and falls inside no block; None if none does
     command: what to type
     """
 
@@ -77,6 +78,7 @@ class Diagnosis:
     gpu_gb: float = 0.0
     memory: tuple[GpuMemory, ...] = ()
     pitfalls: tuple[Pitfall, ...] = ()
+    min_gpus: int | None = None
     command: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
         return Diagnosis(name, REFUSED, depth, refusal=str(error), serves_without_draft=without)
     concerns = (*concerns, *_no_draft(plan, config))
     memory = memory_by_tp(plan, options.gpu_gb * GB)
+    min_gpus = next((one.tp_size for one in memory if one.fits and not one.misaligned), None)
     return Diagnosis(
         name,
         DRAFTS_BADLY if concerns else FINE,
@@ -132,7 +135,8 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
         gpu_gb=options.gpu_gb,
         memory=memory,
         pitfalls=find_pitfalls(plan, memory),
-        command=_command(options, memory),
+        min_gpus=min_gpus,
+        command=_command(options, min_gpus),
     )
 
 
@@ -211,14 +215,13 @@ def _stored_bytes(index: CheckpointIndex | None, layout: Layout) -> int:
     return sum(index.tensors[tensor.name].num_bytes for tensor in layout.tensors()) if index is not None else 0
 
 
-def _command(options: DoctorOptions, memory: tuple[GpuMemory, ...]) -> str:
-    """A command that this version takes; the smallest tensor-parallel size that fits, where it knows such a flag."""
+def _command(options: DoctorOptions, min_gpus: int | None) -> str:
+    """A command that this version takes; with a tensor-parallel size where one is needed and such a flag is known."""
     words = ["python", "-m", "nextn.launch_server"]
     if options.checkpoint is not None:
         words += ["--model-path", options.checkpoint]
     for name, value in options.server.items():
         words += ["--" + name.replace("_", "-"), value]
-    smallest = next((one.tp_size for one in memory if one.fits and not one.misaligned), None)
-    if smallest is not None and smallest > 1 and "tp_size" in {field.name for field in fields(ServerArgs)}:
-        words += ["--tp-size", str(smallest)]
+    if min_gpus is not None and min_gpus > 1 and "tp_size" in {field.name for field in fields(ServerArgs)}:
+        words += ["--tp-size", str(min_gpus)]
     return shlex.join(words)

@@ -37,6 +37,7 @@ def plot_memory(diagnosis: Diagnosis, path: Path) -> None:
         axis.annotate(text, (tick, low + kv), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(list(ticks), [f"{one.tp_size} GPU{'s' * (one.tp_size > 1)}" for one in diagnosis.memory])
     axis.set(ylabel="GB per GPU", title=f"{Path(diagnosis.checkpoint).name}: memory by part")
+    axis.margins(y=0.06)
     axis.legend(fontsize=8, loc="upper right")
     axis.grid(axis="y", alpha=0.25)
     try:

@@ -39,6 +39,8 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     if diagnosis.command is not None:
         console.print("\n[bold]To serve it[/bold]")
         console.print(Text(f"  {diagnosis.command}", style="cyan"), soft_wrap=True)
+        needs = "no size in the table" if diagnosis.min_gpus is None else f"at least {diagnosis.min_gpus}"
+        console.print(f"  [dim]GPUs of {diagnosis.gpu_gb:g} GB: {needs}[/dim]", highlight=False)
 
 
 def _verdict(diagnosis: Diagnosis, console: Console) -> None:
