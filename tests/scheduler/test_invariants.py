@@ -13,7 +13,7 @@ from nextn.scheduler.scheduler import Decision, Scheduler, SchedulerConfig
 EOS = 7
 NUM_PAGES = 12
 PAGE_SIZE = 4
-CONTEXT = NUM_PAGES * PAGE_SIZE - 1
+CONTEXT = NUM_PAGES * PAGE_SIZE
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -77,11 +77,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         for extend in extends:
             seq = extend.seq
             assert extend.start == seq.num_computed
-            assert len(seq.pages) * PAGE_SIZE > extend.end + extend.num_drafts, "no slot for the last draft entry"
+            assert len(seq.pages) * PAGE_SIZE >= extend.end + extend.num_drafts, "no slot for the last draft"
             accepted = data.draw(st.integers(0, extend.num_drafts))
             tokens = data.draw(st.lists(st.sampled_from([0, 1, EOS]), min_size=accepted + 1, max_size=accepted + 1))
-            decision = Decision(tokens, accepted, has_draft_state=True) if extend.decides else Decision([])
+            # The draft layer may lag behind; what it lacks must not reach the prefix cache.
+            num_draft_computed = data.draw(st.integers(seq.num_draft_computed, extend.end))
+            decision = Decision(
+                tokens if extend.decides else [],
+                accepted,
+                num_draft_computed=data.draw(st.sampled_from([None, num_draft_computed])),
+            )
             self.scheduler.commit(extend, decision)
+            assert len(seq.nodes) * PAGE_SIZE <= seq.num_draft_computed, "a page without draft entries was published"
             if seq.finish_reason is not None:
                 assert seq.finish_reason == ("stop" if seq.tokens[-1] == EOS else "length")
                 self._note_end(seq.request.rid)

@@ -36,7 +36,7 @@ def step(scheduler: Scheduler, token: int = 1) -> dict[str, int]:
     for extend in scheduler.schedule():
         computed[extend.seq.request.rid] = extend.num_tokens
         tokens = [token] * (extend.num_drafts + 1) if extend.decides else []
-        scheduler.commit(extend, Decision(tokens, extend.num_drafts, has_draft_state=True))
+        scheduler.commit(extend, Decision(tokens, extend.num_drafts))
         scheduler.check()
     return computed
 
@@ -159,7 +159,7 @@ def test_drafts_never_pass_the_token_limit() -> None:
     step(scheduler)
     (extend,) = scheduler.schedule()
     assert extend.num_drafts == 2  # one token is there, two drafts and one more reach the limit of 4
-    scheduler.commit(extend, Decision([1, 1, 1], 2, has_draft_state=True))
+    scheduler.commit(extend, Decision([1, 1, 1], 2))
     assert (seq.num_output, seq.finish_reason) == (4, "length")
 
 
@@ -179,7 +179,7 @@ def test_tokens_after_a_stop_in_one_step_are_dropped() -> None:
     seq = add(scheduler, "a", [1], max_new=20)
     step(scheduler)
     (extend,) = scheduler.schedule()
-    kept = scheduler.commit(extend, Decision([5, 99, 6, 7], 3, has_draft_state=True))
+    kept = scheduler.commit(extend, Decision([5, 99, 6, 7], 3))
     assert kept == [5, 99]
     assert seq.tokens == [1, 1, 5, 99]
     assert scheduler.pages.num_available == 64

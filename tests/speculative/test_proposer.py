@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 from nextn.config.engine_config import EngineConfig
 from nextn.execution.engine import Engine
-from nextn.scheduler.scheduler import Extend
+from nextn.scheduler.scheduler import Decision, Extend, Scheduler
+from nextn.speculative.hidden_states import RING
 from nextn.speculative.logits import Row
-from nextn.speculative.proposer import ChooseTokens, Drafts, NextNProposer
+from nextn.speculative.proposer import MAX_MISSING, ChooseTokens, Drafts, NextNProposer
 
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.conftest import request, run_all
@@ -41,7 +43,7 @@ class Recorder:
         def recording(proposer: NextNProposer, extends: list[Extend], choose: ChooseTokens) -> Drafts:
             first: list[torch.Tensor] = []
 
-            def noting(logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], torch.Tensor | None]:
+            def noting(logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
                 first.append(logits.clone())
                 return choose(logits, rows)
 
@@ -118,3 +120,32 @@ def test_drafts_are_those_of_the_definition(
     assert 0 < sum(stats.accepted_per_position) < sum(stats.drafted_per_position), "accept and reject must both occur"
     assert (stats.num_preemptions > 0) == ("max_total_tokens" in options)
     assert (stats.cached_tokens > 0) == options.get("enable_prefix_cache", True)
+
+
+def test_drafts_are_those_of_the_definition_after_steps_without_any(
+    state: dict[str, torch.Tensor], reference: NextNReference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing is drafted, entries are left out, up to a bound; they are there when drafts start from them."""
+    folder = write_checkpoint(tmp_path, CONFIG, state=state, dtype=torch.float32)
+    recorder = Recorder(monkeypatch)
+    engine = Engine(EngineConfig(model_path=str(folder), num_draft_steps=3, page_size=4))
+    recorder.chains.clear()
+    pauses = itertools.cycle([0, 1, 2, 5, MAX_MISSING - 1, MAX_MISSING, MAX_MISSING + 1, RING + 3])
+    steps = itertools.chain.from_iterable([0] * pause + [2, 3] for pause in pauses)
+    schedule = Scheduler.schedule
+    monkeypatch.setattr(Scheduler, "schedule", lambda self, num_drafts: schedule(self, next(steps)))
+    lags: list[int] = []
+    commit = Scheduler.commit
+
+    def committing(self: Scheduler, extend: Extend, decision: Decision) -> list[int]:
+        kept = commit(self, extend, decision)
+        lags.append(extend.seq.num_computed - extend.seq.num_draft_computed)
+        return kept
+
+    monkeypatch.setattr(Scheduler, "commit", committing)
+    prompts = [[(5 * i) % VOCAB for i in range(17)], [5], list(range(VOCAB)) * 3]
+    run_all(engine, [request(str(i), prompt, 300 - 20 * i) for i, prompt in enumerate(prompts)])
+    assert len(recorder.chains) > 30
+    for found in recorder.chains:
+        assert found.drafts == defined_chain(reference, found.tokens, len(found.drafts)).drafts, f"after {found.tokens}"
+    assert MAX_MISSING // 2 < max(lags) < MAX_MISSING

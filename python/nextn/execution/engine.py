@@ -63,8 +63,7 @@ class Engine:
             max_total_tokens=config.max_total_tokens,
             wanted_tokens=config.max_running_requests * (context + config.page_size),
         )
-        # The last token a request may have still needs a slot for the draft layer's entry.
-        self.context_length = min(context, num_pages * config.page_size - 1)
+        self.context_length = min(context, num_pages * config.page_size)
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = tuple(model_config.eos_token_ids)
         kv_cache = make_kv_cache(

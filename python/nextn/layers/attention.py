@@ -65,10 +65,16 @@ class Attention(nn.Module):
         kv_cache: KVCache,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write the tokens' KV, attend over all of it. x: [T, H], normed; residual: [T, H], added. Returns [T, H]."""
+        """Write the tokens' KV, attend over all of it.
+
+        x: [T, H], normed; residual: [R, H], added, for the tokens whose output is read
+        Returns [R, H].
+        """
         q, k_cache, v_cache = self._project(x, rotation, batch.slot_mapping, kv_cache)
+        if batch.output_rows is not None:
+            q = q.index_select(0, batch.output_rows)
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale)
-        return self.o_proj.forward(attended.reshape(x.shape[0], -1), residual)
+        return self.o_proj.forward(attended.reshape(q.shape[0], -1), residual)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
         """Only write the tokens' KV. x: [T, H], normed; slot_mapping: [T] int64."""

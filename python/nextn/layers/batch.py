@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +17,14 @@ class ExtendBatch:
     positions: [T] int64
     slot_mapping: [T] int64, page · page_size + offset, where the token's KV goes
     layout: which tokens belong to which sequence, and where its keys are, for the attention kernel
+    output_rows: [R] int64, the tokens whose output is read, if not all; the layout is of these, others only leave KV.
+        For models of one layer.
     """
 
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     layout: AttentionLayout
+    output_rows: torch.Tensor | None = None
 
 
 def make_extend_batch(
@@ -44,6 +47,33 @@ def make_extend_batch(
         slot_mapping=slot_mapping,
         layout=make_attention_layout(spans, page_tables, page_size, device, first_key=first_key),
     )
+
+
+def make_chain_batches(
+    starts: Sequence[int],
+    num_steps: int,
+    page_tables: Sequence[Sequence[int]],
+    page_size: int,
+    device: torch.device,
+    *,
+    first_key: int = 0,
+) -> list[ExtendBatch]:
+    """Lay out ``num_steps`` batches: one new token per sequence in each, at ``starts`` first and then one further.
+
+    page_tables: per sequence its pages, enough for start + num_steps tokens
+    """
+    num_seqs = len(starts)
+    positions = [start + step for step in range(num_steps) for start in starts]
+    slots = [
+        pages[p // page_size] * page_size + p % page_size
+        for p, pages in zip(positions, [*page_tables] * num_steps, strict=True)
+    ]
+    both = torch.tensor(positions + slots, device=device).view(2, num_steps, num_seqs)
+    last = make_attention_layout(
+        [(start + num_steps - 1, 1) for start in starts], page_tables, page_size, device, first_key=first_key
+    )
+    # A single token's position is also where its sequence's new tokens start; the last step's pages serve all.
+    return [ExtendBatch(at, where, replace(last, starts=at)) for at, where in zip(*both.unbind(), strict=True)]
 
 
 def place_tokens(

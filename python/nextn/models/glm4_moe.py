@@ -48,8 +48,11 @@ class Glm4MoeDecoderLayer(nn.Module):
             yield from part.weight_slots()
 
     def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
-        """x: [T, H], the residual stream. Returns [T, H]."""
-        x = self.self_attn.forward(self.input_layernorm.forward(x), rotation, batch, kv_cache, residual=x)
+        """x: [T, H], the residual stream. Returns [R, H], for the tokens whose output is read; mostly all."""
+        normed = self.input_layernorm.forward(x)
+        if batch.output_rows is not None:
+            x = x.index_select(0, batch.output_rows)
+        x = self.self_attn.forward(normed, rotation, batch, kv_cache, residual=x)
         return self.mlp.forward(self.post_attention_layernorm.forward(x), residual=x)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:

@@ -100,7 +100,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
 
         input_ids: [T] int64, the tokens at the positions
         hidden_states: [T, H], normed: the target's at the position before, or this layer's own output while drafting
-        Returns h', [T, H], normed: for ``compute_logits`` and for the next draft.
+        Returns h' of the tokens whose output is read, [R, H], normed: for ``compute_logits`` and for the next draft.
         """
         x = self._combine(input_ids, hidden_states)
         rotation = Rotation(self._rotary, batch.positions, self.dtype)

@@ -41,8 +41,7 @@ class KVPages:
         self.cache.acquire(nodes)
         seq.nodes = nodes
         seq.pages = [node.page for node in nodes]
-        seq.num_computed = len(nodes) * self.page_size
-        seq.resumed_from_cache = bool(nodes)
+        seq.num_computed = seq.num_draft_computed = len(nodes) * self.page_size
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all; False (and nothing changed) when there is none."""
@@ -57,14 +56,14 @@ class KVPages:
         return True
 
     def publish(self, seq: Sequence) -> None:
-        """Put the sequence's fully computed pages into the prefix cache, where others find them.
+        """Put the pages that are computed in all layers, the draft's included, into the prefix cache for others.
 
         Where an equal page is there already, the sequence takes that one and its own becomes free.
         """
         if not self._enable_prefix_cache:
             return
         size = self.page_size
-        while (len(seq.nodes) + 1) * size <= seq.num_computed:
+        while (len(seq.nodes) + 1) * size <= min(seq.num_computed, seq.num_draft_computed):
             index = len(seq.nodes)
             key = tuple(seq.tokens[index * size : (index + 1) * size])
             page = seq.pages[index]
@@ -81,9 +80,7 @@ class KVPages:
         self.cache.release(seq.nodes)
         seq.pages = []
         seq.nodes = []
-        seq.num_computed = 0
-        seq.resumed_from_cache = False
-        seq.has_draft_state = False
+        seq.num_computed = seq.num_draft_computed = 0
 
     def flush(self) -> int:
         """Empty the prefix cache of everything unreferenced; returns the number of pages freed."""

@@ -53,14 +53,14 @@ class Extend:
 class Decision:
     """What the model decided for one extend: accepted drafts and one more token; empty for a partial prompt chunk.
 
-    has_draft_state: the draft head has seen the sequence's last token, so it can draft in the next step
+    num_draft_computed: see Sequence; None without a draft
     """
 
     tokens: list[int]
     num_accepted: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    has_draft_state: bool = False
+    num_draft_computed: int | None = None
 
 
 class Scheduler:
@@ -140,8 +140,8 @@ class Scheduler:
     def _plan(self, seq: Sequence, budget: int, num_drafts: int | None = None) -> Extend | None:
         if seq.is_decoding:
             wanted = self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
-            drafts = min(wanted, seq.max_new_tokens - seq.num_output - 1) if seq.has_draft_state else 0
-            return Extend(seq, seq.num_computed, 1, max(drafts, 0), decides=True)
+            drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0)
+            return Extend(seq, seq.num_computed, 1, drafts, decides=True)
         num_tokens = min(budget, seq.compute_target - seq.num_computed)
         if num_tokens <= 0:
             return None
@@ -149,8 +149,8 @@ class Scheduler:
         return Extend(seq, seq.num_computed, num_tokens, 0, decides)
 
     def _make_room(self, extend: Extend) -> bool:
-        """Pages for the known tokens, the drafts, and the draft layer's entry of the token decided last."""
-        return self.pages.grow(extend.seq, extend.end + extend.num_drafts + 1)
+        """Pages for the tokens to compute and the drafts."""
+        return self.pages.grow(extend.seq, extend.end + extend.num_drafts)
 
     def _admit(self, budget: int) -> list[Extend]:
         admitted: list[Extend] = []
@@ -197,12 +197,12 @@ class Scheduler:
     def commit(self, extend: Extend, decision: Decision) -> list[int]:
         """Record what a step computed and decided; ends the sequence if a decided token does. Returns tokens kept."""
         seq = extend.seq
-        seq.resumed_from_cache = False
         if decision.prompt_logprobs and seq.prompt_logprobs is not None:
             seq.prompt_logprobs.extend(decision.prompt_logprobs)
         kept = seq.append(decision.tokens)
         seq.num_computed = extend.end if not extend.decides else len(seq.tokens) - 1
-        seq.has_draft_state = decision.has_draft_state
+        num_draft_computed = decision.num_draft_computed
+        seq.num_draft_computed = seq.num_computed if num_draft_computed is None else num_draft_computed
         if extend.decides:
             seq.num_verify_passes += 1
             seq.num_drafted += extend.num_drafts

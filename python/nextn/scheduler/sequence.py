@@ -20,11 +20,10 @@ class Sequence:
     """The state of one request. The scheduler owns it; nothing else changes it.
 
     tokens: prompt, then output
-    num_computed: the KV of tokens[:num_computed] is in the cache, in all layers, the draft's included
+    num_computed: the KV of tokens[:num_computed] is in the cache, in all of the target's layers
+    num_draft_computed: the same of the draft's layer; without a draft, num_computed
     pages: the KV pages of the sequence, in order; the first len(nodes) belong to the prefix cache
     slot: index of per-sequence device state while running, else -1
-    resumed_from_cache: the next extend is the first after a prefix hit
-    has_draft_state: the draft head's output for the last token is at hand, so the sequence can draft
     """
 
     request: AddRequest
@@ -34,12 +33,11 @@ class Sequence:
     stop_ids: frozenset[int]
     tokens: list[int] = field(init=False)
     num_computed: int = 0
+    num_draft_computed: int = 0
     pages: list[int] = field(default_factory=list)
     nodes: list[CacheNode] = field(default_factory=list)
     status: Status = Status.WAITING
     slot: int = -1
-    resumed_from_cache: bool = False
-    has_draft_state: bool = False
     cached_tokens: int | None = None
     first_scheduled_time: float | None = None
     finish_reason: FinishReason | None = None

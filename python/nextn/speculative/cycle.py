@@ -40,7 +40,7 @@ class SpeculativeCycle:
         drafting = [extend for extend in extends if extend.num_drafts]
         drafts = Drafts([], None)
         if drafting:
-            assert self._proposer is not None, "only sequences with a draft head's output draft"
+            assert self._proposer is not None, "drafts are asked for only where there is a draft model"
             drafts = self._proposer.propose(drafting, self._choose_drafts)
         chains = self._chain_per_extend(extends, drafts)
 
@@ -48,8 +48,8 @@ class SpeculativeCycle:
         decisions = self._decide(extends, chains, drafts, hidden)
         if self._proposer is None:
             return decisions
-        ready = self._proposer.catch_up(extends, [decision.tokens for decision in decisions], hidden)
-        return [replace(d, has_draft_state=is_ready) for d, is_ready in zip(decisions, ready, strict=True)]
+        done = self._proposer.catch_up(extends, hidden)
+        return [replace(d, num_draft_computed=num) for d, num in zip(decisions, done, strict=True)]
 
     @staticmethod
     def _chain_per_extend(extends: list[Extend], drafts: Drafts) -> list[list[int]]:
@@ -70,7 +70,7 @@ class SpeculativeCycle:
         )
         hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
         if self._proposer is not None:
-            self._proposer.remember_page_ends(extends, hidden)
+            self._proposer.hidden_states.store(extends, hidden)
         return hidden
 
     def _decide(
@@ -144,14 +144,14 @@ class SpeculativeCycle:
             probs[[i for i, chain in enumerate(chains) if chain]] = drafts.probs
         return probs
 
-    def _choose_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], torch.Tensor | None]:
+    def _choose_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = adjust_logits(logits, rows)
         if all(row.sampling.is_greedy for row in rows):
-            return logits.argmax(-1).tolist(), None
+            return logits.argmax(-1), None
         probs = probs_of_rows(logits, rows)
         seeds = torch.tensor([row.sampling.seed for row in rows], dtype=torch.int64, device=self._device)
         positions = torch.tensor([row.position for row in rows], device=self._device)
-        return sample_tokens(probs, random_uniform(seeds, positions, DRAFT_STREAM)).tolist(), probs
+        return sample_tokens(probs, random_uniform(seeds, positions, DRAFT_STREAM)), probs
 
     @staticmethod
     def _logprobs(extend: Extend, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprobs] | None:
