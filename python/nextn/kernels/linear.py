@@ -6,7 +6,7 @@ FP8 codes and bfloat16 values as they are, so that a small model stays in a CPU'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -61,7 +61,6 @@ def pack_weight(
     bare = PackedWeight(weight, weight.t(), bias)
     if not native.suits(weight) or weight.numel() > MAX_NATIVE_ELEMENTS:
         return bare
-    num_rows, width = weight.shape
     if codes is not None:
         panels, kind = _panels(codes.view(torch.uint8), (4, 16), (0, 3, 2, 1)), _FP8
     elif torch.equal(weight.bfloat16().float(), weight):
@@ -71,9 +70,24 @@ def pack_weight(
         panels, kind = _panels(weight, (PANEL,), (0, 2, 1)), _FLOAT32
     scales = None if codes is None or scale is None else _padded(scale.float())
     biases = None if bias is None else _padded(bias.float())
-    addresses = [0 if t is None else t.data_ptr() for t in (panels, scales, biases)]
-    descriptor = torch.tensor([*addresses, num_rows, width, kind])
-    return PackedWeight(weight, weight.t(), bias, panels, scales, biases, descriptor, descriptor.data_ptr())
+    return _described(PackedWeight(weight, weight.t(), bias, panels, scales, biases), kind)
+
+
+def rows_from(packed: PackedWeight, first: int) -> PackedWeight:
+    """The output rows from ``first`` on, of the same memory."""
+    weight, bias = packed.weight[first:], None if packed.bias is None else packed.bias[first:]
+    if packed.panels is None or packed.descriptor is None or first % PANEL:
+        return PackedWeight(weight, weight.t(), bias)
+    panels = packed.panels[first // PANEL :]
+    scales, biases = (None if row is None else row[first:] for row in (packed.scales, packed.biases))
+    return _described(PackedWeight(weight, weight.t(), bias, panels, scales, biases), int(packed.descriptor[-1]))
+
+
+def _described(packed: PackedWeight, kind: int) -> PackedWeight:
+    """With the kernel's descriptor; kind: how the panels are stored."""
+    addresses = [0 if t is None else t.data_ptr() for t in (packed.panels, packed.scales, packed.biases)]
+    descriptor = torch.tensor([*addresses, *packed.weight.shape, kind])
+    return replace(packed, descriptor=descriptor, address=descriptor.data_ptr())
 
 
 def _panels(weight: torch.Tensor, columns: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:

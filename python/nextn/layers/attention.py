@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
+from nextn.kernels.linear import linear, rows_from
 from nextn.kernels.paged_attention import paged_attention
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
 from nextn.layers.batch import ExtendBatch
@@ -21,6 +22,7 @@ class Attention(nn.Module):
     """One layer's attention over the KV pool's layer ``layer``.
 
     qk_norm: [2, head_dim], the RMSNorm weights of all query heads and of all key heads, or None
+    packed_kv: the rows of k and v in qkv_proj, for tokens whose queries nobody reads
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Attention(nn.Module):
         self.prefix = prefix
         self.eps = config.rms_norm_eps
         self.qk_norm = torch.empty(2, config.head_dim, dtype=dtype) if config.use_qk_norm else None
+        self.packed_kv = rows_from(self.qkv_proj.packed, q_rows)
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.qkv_proj.weight_slots()
@@ -56,6 +59,10 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             yield f"{self.prefix}.q_norm.weight", self.qk_norm[0]
             yield f"{self.prefix}.k_norm.weight", self.qk_norm[1]
+
+    def prepare(self) -> None:
+        """Once loaded, and qkv_proj prepared."""
+        self.packed_kv = rows_from(self.qkv_proj.packed, self.num_heads * self.head_dim)
 
     def forward(
         self,
@@ -70,7 +77,7 @@ class Attention(nn.Module):
         x: [T, H], normed; residual: [R, H], added, for the tokens whose output is read
         Returns [R, H].
         """
-        q, k_cache, v_cache = self._project(x, rotation, batch.slot_mapping, kv_cache)
+        q, k_cache, v_cache = self._rotate_and_write(self.qkv_proj.forward(x), rotation, batch.slot_mapping, kv_cache)
         if batch.output_rows is not None:
             q = q.index_select(0, batch.output_rows)
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale)
@@ -78,13 +85,16 @@ class Attention(nn.Module):
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
         """Only write the tokens' KV. x: [T, H], normed; slot_mapping: [T] int64."""
-        self._project(x, rotation, slot_mapping, kv_cache)
+        self._rotate_and_write(linear(x, self.packed_kv), rotation, slot_mapping, kv_cache)
 
-    def _project(
-        self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache
+    def _rotate_and_write(
+        self, projected: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [T, num_heads, head_dim], and the layer's caches with the tokens' keys and values written."""
-        qkv = self.qkv_proj.forward(x).view(x.shape[0], -1, self.head_dim)
+        """projected: [T, rows of q (or none), k and v]
+
+        Returns the queries [T, num_heads, head_dim], and the layer's caches with keys and values written.
+        """
+        qkv = projected.view(projected.shape[0], -1, self.head_dim)
         k_cache, v_cache = kv_cache.k[self.layer], kv_cache.v[self.layer]
         return (
             rope_and_cache(qkv, self.qk_norm, self.eps, rotation, slot_mapping, k_cache, v_cache),

@@ -28,14 +28,22 @@ class HiddenStates:
 
     def homes(self, seq: Sequence, positions: range) -> list[int]:
         """Row of each position's state."""
-        size, pages = self._page_size, seq.pages
-        ring = self._num_pages + seq.slot * RING
-        return [pages[p // size] if p % size == size - 1 else ring + p % RING for p in positions]
+        return [self._home(seq, position) for position in positions]
+
+    def _home(self, seq: Sequence, position: int) -> int:
+        page, offset = divmod(position, self._page_size)
+        if offset == self._page_size - 1:
+            return seq.pages[page]
+        return self._num_pages + seq.slot * RING + position % RING
 
     def store(self, extends: list[Extend], hidden: torch.Tensor) -> None:
         """Keep what a later step may ask for. hidden: [T, H], num_tokens + num_drafts rows per extend."""
+        if len(hidden) == len(extends):
+            homes = [self._home(extend.seq, extend.start) for extend in extends]
+            self._states.index_copy_(0, self._indices(homes), hidden)
+            return
         rows: list[int] = []
-        homes: list[int] = []
+        homes = []
         row = 0
         for extend in extends:
             num_rows = extend.num_tokens + extend.num_drafts
@@ -46,7 +54,7 @@ class HiddenStates:
                 rows += range(row + kept.start - first, row + kept.stop - first, kept.step)
                 homes += self.homes(extend.seq, kept)
             row += num_rows
-        source = hidden if rows == list(range(row)) else hidden.index_select(0, self._indices(rows))
+        source = hidden if len(rows) == row else hidden.index_select(0, self._indices(rows))
         self._states.index_copy_(0, self._indices(homes), source)
 
     def load(self, homes: list[int]) -> torch.Tensor:

@@ -2,15 +2,21 @@
 
 A step that drafts k tokens yields 1 + Σ_{j ≤ k} a_1 ⋯ a_j tokens per sequence, where a_j is the chance that draft j is
 accepted if the ones before it were. Both the a_j and what a step costs at this batch size and k are measured while
-serving; the best k maximises tokens per second. Now and then another k is tried, so that neither goes stale.
+serving; the best k maximises tokens per second. Now and then another k is tried, so that neither goes stale: the
+dearer the try, the rarer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 
-PROBE_EVERY = 32
-"""Steps between two tries of another k: even one twice as slow then costs about 3 % of the time at most."""
+PROBE_SHARE = 0.01
+"""Share of the time that tries of another k may cost."""
+
+MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 512
+"""Steps between two tries, at least and at most."""
 
 TRIES_AT_FIRST = 2
 """How often every k is timed at a batch size not met before."""
@@ -30,7 +36,7 @@ class DraftLengthPolicy:
         self.max_drafts = max_drafts
         self.acceptance = [first_guess] * max_drafts
         self._costs: dict[int, list[_Cost]] = {}
-        self._steps_until_probe = PROBE_EVERY
+        self._steps_until_probe = MIN_PROBE_GAP
         self._num_probes = 0
 
     def choose(self, num_seqs: int) -> int:
@@ -43,23 +49,23 @@ class DraftLengthPolicy:
         self._steps_until_probe -= 1
         if self._steps_until_probe > 0:
             return best
-        self._steps_until_probe = PROBE_EVERY
         self._num_probes += 1
         neighbours = [k for k in (best + 1, best - 1) if 0 <= k <= self.max_drafts]
-        return neighbours[self._num_probes % len(neighbours)]
+        probe = neighbours[self._num_probes % len(neighbours)]
+        yields = self._expected_tokens()
+        lost = costs[probe].seconds - costs[best].seconds * yields[probe] / yields[best]
+        gap = lost / (PROBE_SHARE * costs[best].seconds)
+        self._steps_until_probe = max(MIN_PROBE_GAP, min(MAX_PROBE_GAP, int(gap)))
+        return probe
 
     def best(self, num_seqs: int) -> int:
         """The k with the most expected tokens per second, as far as measured; ties go to fewer drafts."""
-        costs = self._costs_at(num_seqs)
-        best, best_speed, tokens, survival = 0, 0.0, 1.0, 1.0
-        for k, cost in enumerate(costs):
-            if k:
-                survival *= self.acceptance[k - 1]
-                tokens += survival
-            speed = tokens / cost.seconds if cost.seconds else 0.0
-            if speed > best_speed:
-                best, best_speed = k, speed
-        return best
+        costs, yields = self._costs_at(num_seqs), self._expected_tokens()
+        return max(range(len(costs)), key=lambda k: yields[k] / costs[k].seconds if costs[k].seconds else 0.0)
+
+    def _expected_tokens(self) -> list[float]:
+        """Per sequence, of a step that drafts 0, 1, … tokens."""
+        return list(accumulate(accumulate(self.acceptance, mul, initial=1.0)))
 
     def observe(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """Record what a step of decoding sequences took that all drafted ``num_drafts`` tokens."""
