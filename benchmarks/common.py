@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -60,7 +61,7 @@ def report(title: str, rows: Sequence[dict[str, Any]], json_path: Path | None) -
     columns = list(rows[0])
     cells = [[_shown(row[column]) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
-    machine = f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
+    machine = f"{os.cpu_count()}-core {platform.machine()}, torch {torch.__version__}"
     print(f"\n{title} ({machine})")
     for line in [columns, ["-" * width for width in widths], *cells]:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

@@ -1,6 +1,7 @@
 """nextn against transformers' generate: same weights, greedy, one stream and sixteen at once.
 
-transformers runs with its KV cache and left-padded batching, on the weights that nextn expands from FP8, in float32.
+transformers runs with its KV cache and left-padded batching, on the weights that nextn expands from FP8, in float32,
+and each side with the number of threads that it takes by default.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def main() -> None:
     made.add_argument("--num-tokens", type=int, default=96, help="generated per stream")
     args = made.parse_args()
     folder = Path(args.model_path) if args.model_path else demo.checkpoint_dir()
+    their_threads = torch.get_num_threads()
     llm = LLM(str(folder), disable_radix_cache=True)
+    our_threads = torch.get_num_threads()
     model = load_transformers(folder)
     params = SamplingParams(temperature=0, max_new_tokens=args.num_tokens, ignore_eos=True)
     rows = []
@@ -73,11 +76,13 @@ def main() -> None:
         outputs: dict[str, list[list[int]]] = {}
 
         def run_ours(batch: list[list[int]] = batch, outputs: dict[str, list[list[int]]] = outputs) -> float:
+            torch.set_num_threads(our_threads)
             seconds, found = timed(lambda: llm.generate(batch, params))
             outputs["nextn"] = [out.output_ids for out in found]
             return args.num_tokens * len(batch) / seconds
 
         def run_theirs(batch: list[list[int]] = batch, outputs: dict[str, list[list[int]]] = outputs) -> float:
+            torch.set_num_threads(their_threads)
             seconds, outputs["transformers"] = timed(lambda: transformers_generate(model, batch, args.num_tokens))
             return args.num_tokens * len(batch) / seconds
 
@@ -92,7 +97,7 @@ def main() -> None:
                 "equal outputs": f"{same} of {num_streams}",
             }
         )
-    report("nextn and transformers, greedy", rows, args.json)
+    report(f"nextn with {our_threads} and transformers with {their_threads} threads, greedy", rows, args.json)
 
 
 if __name__ == "__main__":
