@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nextn.protocol.messages import AddRequest, TokenLogprobs
 from nextn.scheduler.kv_pages import KVPages
@@ -31,8 +32,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Extend:
+class Extend(NamedTuple):
     """What one sequence computes in a step: tokens[start : start + num_tokens], then ``num_drafts`` drafts.
 
     decides: the rows from the last known token on choose new tokens
@@ -49,8 +49,7 @@ class Extend:
         return self.start + self.num_tokens
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What the model decided for one extend: accepted drafts and one more token; empty for a partial prompt chunk.
 
     num_draft_computed: see Sequence; None without a draft

@@ -5,7 +5,7 @@ Plain decoding is the same step with no drafts, and a prompt chunk the same step
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
@@ -45,11 +45,11 @@ class SpeculativeCycle:
         chains = self._chain_per_extend(extends, drafts)
 
         hidden = self._run_target(extends, chains)
-        decisions = self._decide(extends, chains, drafts, hidden)
-        if self._proposer is None:
-            return decisions
-        done = self._proposer.catch_up(extends, hidden)
-        return [replace(d, num_draft_computed=num) for d, num in zip(decisions, done, strict=True)]
+        num_draft_computed: list[int] | None = None
+        if self._proposer is not None:
+            self._proposer.hidden_states.store(extends, hidden)
+            num_draft_computed = self._proposer.catch_up(extends, hidden)
+        return self._decide(extends, chains, drafts, hidden, num_draft_computed)
 
     @staticmethod
     def _chain_per_extend(extends: list[Extend], drafts: Drafts) -> list[list[int]]:
@@ -68,38 +68,43 @@ class SpeculativeCycle:
             self._page_size,
             self._device,
         )
-        hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
-        if self._proposer is not None:
-            self._proposer.hidden_states.store(extends, hidden)
-        return hidden
+        return self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
 
     def _decide(
-        self, extends: list[Extend], chains: list[list[int]], drafts: Drafts, hidden: torch.Tensor
+        self,
+        extends: list[Extend],
+        chains: list[list[int]],
+        drafts: Drafts,
+        hidden: torch.Tensor,
+        num_draft_computed: list[int] | None,
     ) -> list[Decision]:
-        deciding: list[int] = []
+        caught_up: Sequence[int | None] = num_draft_computed or [None] * len(extends)
+        prompt_logprobs = self._prompt_logprobs(extends, chains, hidden)
+        deciding: list[list[int]] = []
         row_index: list[int] = []
         rows: list[Row] = []
         end = 0
-        for i, (extend, chain) in enumerate(zip(extends, chains, strict=True)):
+        for extend, chain in zip(extends, chains, strict=True):
             end += extend.num_tokens + len(chain)
             if extend.decides:
-                deciding.append(i)
+                deciding.append(chain)
                 row_index.extend(range(end - 1 - len(chain), end))
-                rows.extend(Row(extend.seq, chain[:j]) for j in range(len(chain) + 1))
-        decisions = [Decision([], prompt_logprobs=p) for p in self._prompt_logprobs(extends, chains, hidden)]
+                rows.extend([Row(extend.seq, chain[:j]) for j in range(len(chain) + 1)])
         if not deciding:
-            return decisions
+            return [Decision([], 0, None, known, done) for known, done in zip(prompt_logprobs, caught_up, strict=True)]
         if len(row_index) < len(hidden):
             hidden = hidden.index_select(0, torch.tensor(row_index, device=self._device))
         logits = self._target.compute_logits(hidden)
-        num_accepted, final = self._verify([chains[i] for i in deciding], drafts, logits, rows)
+        verdicts = zip(*self._verify(deciding, drafts, logits, rows), strict=True)
+        decisions: list[Decision] = []
         row = 0
-        for i, accepted, token in zip(deciding, num_accepted, final, strict=True):
-            extend, chain = extends[i], chains[i]
-            tokens = [*chain[:accepted], token]
-            decisions[i] = Decision(
-                tokens, accepted, self._logprobs(extend, tokens, logits[row:]), decisions[i].prompt_logprobs
-            )
+        for extend, chain, known, done in zip(extends, chains, prompt_logprobs, caught_up, strict=True):
+            if not extend.decides:
+                decisions.append(Decision([], 0, None, known, done))
+                continue
+            accepted, final = next(verdicts)
+            tokens = [*chain[:accepted], final]
+            decisions.append(Decision(tokens, accepted, self._logprobs(extend, tokens, logits, row), known, done))
             row += len(chain) + 1
         return decisions
 
@@ -154,9 +159,10 @@ class SpeculativeCycle:
         return sample_tokens(probs, random_uniform(seeds, positions, DRAFT_STREAM)), probs
 
     @staticmethod
-    def _logprobs(extend: Extend, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprobs] | None:
+    def _logprobs(extend: Extend, tokens: list[int], logits: torch.Tensor, row: int) -> list[TokenLogprobs] | None:
+        """Of the tokens decided, the first by logits[row], if the request asks."""
         num_top = extend.seq.request.num_top_logprobs
-        return None if num_top is None else token_logprobs(logits[: len(tokens)], tokens, num_top)
+        return None if num_top is None else token_logprobs(logits[row : row + len(tokens)], tokens, num_top)
 
     def _prompt_logprobs(
         self, extends: list[Extend], chains: list[list[int]], hidden: torch.Tensor
@@ -165,15 +171,17 @@ class SpeculativeCycle:
         found: list[list[TokenLogprobs] | None] = []
         row = 0
         for extend, chain in zip(extends, chains, strict=True):
-            found.append(self._prompt_logprobs_of(extend, hidden[row : row + extend.num_tokens]))
+            seq, wanted_from = extend.seq, extend.seq.request.prompt_logprobs_start
+            if wanted_from is None or wanted_from + len(seq.prompt_logprobs or ()) >= seq.num_prompt:
+                found.append(None)
+            else:
+                found.append(self._prompt_logprobs_of(extend, wanted_from, hidden[row : row + extend.num_tokens]))
             row += extend.num_tokens + len(chain)
         return found
 
-    def _prompt_logprobs_of(self, extend: Extend, hidden: torch.Tensor) -> list[TokenLogprobs] | None:
+    def _prompt_logprobs_of(self, extend: Extend, start: int, hidden: torch.Tensor) -> list[TokenLogprobs]:
         seq = extend.seq
-        start = seq.request.prompt_logprobs_start
-        if start is None or seq.prompt_logprobs is None or start + len(seq.prompt_logprobs) >= seq.num_prompt:
-            return None
+        assert seq.prompt_logprobs is not None, "a request that wants prompt logprobs collects them"
         known: list[TokenLogprobs] = []
         position = start + len(seq.prompt_logprobs)
         if position == 0:

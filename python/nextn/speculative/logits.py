@@ -7,7 +7,7 @@ the context that holds if the first j drafts are accepted, so every rule is exac
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One position of a sequence, after ``drafts`` that are not yet part of it."""
 
     seq: Sequence
