@@ -22,8 +22,11 @@ TRIES_AT_FIRST = 2
 """How often every k is timed at a batch size not met before."""
 
 COST_MEMORY = 0.2
-RATE_MEMORY = 0.02
+RATE_MEMORY = 0.005
 """Weights of one new observation in the running means of a step's seconds and of an acceptance."""
+
+GUESS_WEIGHT = 4
+"""As many observations as this count as much as the first guess of an acceptance."""
 
 OUTLIER = 3.0
 """A step this many times as long as usual was held up by something else; its length counts as this at most."""
@@ -35,6 +38,7 @@ class DraftLengthPolicy:
     def __init__(self, max_drafts: int, first_guess: float = 0.7) -> None:
         self.max_drafts = max_drafts
         self.acceptance = [first_guess] * max_drafts
+        self._num_seen = [GUESS_WEIGHT] * max_drafts
         self._costs: dict[int, list[_Cost]] = {}
         self._steps_until_probe = MIN_PROBE_GAP
         self._num_probes = 0
@@ -75,7 +79,9 @@ class DraftLengthPolicy:
         """outcomes: (drafted, accepted) of each verified chain."""
         for drafted, accepted in outcomes:
             for j in range(min(accepted + 1, drafted, self.max_drafts)):
-                self.acceptance[j] += RATE_MEMORY * ((j < accepted) - self.acceptance[j])
+                self._num_seen[j] += 1
+                weight = max(RATE_MEMORY, 1 / self._num_seen[j])
+                self.acceptance[j] += weight * ((j < accepted) - self.acceptance[j])
 
     def _costs_at(self, num_seqs: int) -> list[_Cost]:
         """Batch sizes share their measurements between powers of two."""
