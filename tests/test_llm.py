@@ -85,6 +85,8 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert (cut.finish_reason, cut.meta_info["matched_stop"]) == ("stop", stop)
     assert cut.output_ids == whole.output_ids[: len(cut.output_ids)]
+    for one in (whole, cut):
+        assert sum(emitted for _, _, emitted in one.meta_info["spec_steps"]) == one.meta_info["completion_tokens"]
 
 
 def test_logprobs_belong_to_the_tokens(llm: LLM) -> None:

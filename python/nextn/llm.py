@@ -14,7 +14,7 @@ from nextn.config.server_args import ServerArgs
 from nextn.errors import RequestError
 from nextn.execution.engine import Engine
 from nextn.execution.threads import set_num_threads
-from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, TokenLogprobs
+from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep, TokenLogprobs, first_steps
 from nextn.protocol.sampling import TokenSampling
 from nextn.text.output import OutputAssembler
 from nextn.text.tokenizer import Tokenizer
@@ -76,7 +76,8 @@ class GenerationOutput:
 
     output_ids: generated tokens, with the stop token that ended them if one did
     finish_reason: "stop", "length" or "abort"
-    meta_info: prompt_tokens, completion_tokens, cached_tokens, spec_verify_ct, spec_accept_length, …
+    meta_info: prompt_tokens, completion_tokens, cached_tokens, spec_verify_ct, spec_accept_length, …; spec_steps has
+        per step (drafted, accepted, emitted): the first ``accepted`` of the step's tokens were drafted
     """
 
     text: str
@@ -182,6 +183,7 @@ class _Pending:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = [] if params.logprobs is not None else None
+        self._spec_steps: list[SpecStep] = []
         self._last: RequestOutput | None = None
         self._stop_string: str | None = None
 
@@ -194,6 +196,7 @@ class _Pending:
         self._text.append(delta.text)
         used = delta.num_tokens if delta.stopped else len(ids)
         self._ids += ids[:used]
+        self._spec_steps += first_steps(output.spec_steps, used)
         if self._logprobs is not None and output.logprobs is not None:
             self._logprobs += output.logprobs[:used]
         if delta.stopped:
@@ -217,6 +220,7 @@ class _Pending:
             "spec_accept_length": completion_tokens / max(last.spec_verify_ct, 1),
             "num_drafted": last.num_drafted,
             "num_accepted": last.num_accepted,
+            "spec_steps": [(step.num_drafted, step.num_accepted, step.num_tokens) for step in self._spec_steps],
         }
         return GenerationOutput("".join(self._text), self._ids, reason, meta_info, self._logprobs)
 

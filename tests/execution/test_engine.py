@@ -148,6 +148,28 @@ def test_sampling_rules_are_exact_at_every_draft_position(make_engine: EngineFac
     assert plain != unruled, "the rule changed nothing, so the test shows nothing"
 
 
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_each_output_says_how_its_tokens_came_about(make_engine: EngineFactory, num_drafts: int) -> None:
+    """Also where a stop token, or the length, cuts the accepted drafts."""
+    engine = make_engine(num_draft_steps=num_drafts)
+    requests = [
+        request(str(i), ids, 17, temperature=1.5, ignore_eos=False, stop_token_ids=(3, 5))
+        for i, ids in enumerate(prompts(12))
+    ]
+    num_drafted = num_accepted = 0
+    for outputs in run_outputs(engine, requests).values():
+        for output in outputs:
+            (step,) = output.spec_steps
+            assert step.num_tokens == len(output.token_ids)
+            assert step.num_accepted <= step.num_tokens <= step.num_accepted + 1
+            assert step.num_accepted <= step.num_drafted <= num_drafts
+            num_drafted += step.num_drafted
+            num_accepted += step.num_accepted
+        assert sum(output.spec_steps[0].num_drafted for output in outputs) == outputs[-1].num_drafted
+        assert sum(output.spec_steps[0].num_accepted for output in outputs) == outputs[-1].num_accepted
+    assert (num_drafted > num_accepted > 0) == (num_drafts > 0)
+
+
 def test_stop_tokens_wait_for_the_minimum_length(make_engine: EngineFactory) -> None:
     rules = SAMPLING_RULES["minimum"]
     for tokens in run_all(make_engine(), [request("a", [1, 2, 3], 30, **rules)]).values():

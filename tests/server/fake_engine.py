@@ -25,6 +25,7 @@ from nextn.protocol.messages import (
     GetInfo,
     RequestOutput,
     Shutdown,
+    SpecStep,
     StepOutput,
     TokenLogprobs,
 )
@@ -207,6 +208,7 @@ class FakeEngine:
             spec_verify_ct=sequence.num_steps,
             num_drafted=3 * sequence.num_steps,
             num_accepted=sequence.num_generated - sequence.num_steps,
+            spec_steps=[SpecStep(3, len(ids) - 1, len(ids))],
         )
 
 

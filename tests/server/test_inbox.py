@@ -6,7 +6,7 @@ import asyncio
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextn.protocol.messages import RequestOutput, TokenLogprobs
+from nextn.protocol.messages import RequestOutput, SpecStep, TokenLogprobs
 from nextn.server.inbox import Generation
 
 
@@ -19,6 +19,7 @@ def output(index: int, ids: list[int], total: int, over: bool) -> RequestOutput:
         logprobs=[TokenLogprobs(token_id, -1.0) for token_id in ids],
         prompt_logprobs=[TokenLogprobs(9, None)] if total == len(ids) else None,
         finish_reason="length" if over else None,
+        spec_steps=[SpecStep(3, len(ids) - 1, len(ids))],
     )
 
 
@@ -56,6 +57,7 @@ def test_what_is_read_is_what_came_whatever_the_timing(
     for index, outputs in got.items():
         assert [token for one in outputs for token in one.token_ids] == sent[index]
         assert [entry.token_id for one in outputs for entry in one.logprobs or []] == sent[index]
+        assert all(sum(step.num_tokens for step in one.spec_steps) == len(one.token_ids) for one in outputs)
         assert sum(len(one.prompt_logprobs or []) for one in outputs) == 1
         assert [one.finish_reason for one in outputs] == [None] * (len(outputs) - 1) + ["length"]
         assert outputs[-1].completion_tokens == len(sent[index])

@@ -36,6 +36,7 @@ def test_one_text_gives_one_object_with_its_meta_info(app: App) -> None:
         "cached_tokens": 1,
         "spec_verify_ct": 3,
         "spec_accept_length": 2.0,
+        "spec_steps": [[3, 1, 2]] * 3,
     }
 
 

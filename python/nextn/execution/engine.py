@@ -14,7 +14,7 @@ from nextn.checkpoint.loader import load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import RequestError
 from nextn.execution.memory import kv_bytes_per_token, make_kv_cache, num_pages_for
-from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, TokenLogprobs
+from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep, TokenLogprobs
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler, SchedulerConfig
@@ -177,7 +177,7 @@ class Engine:
         rids = [seq.request.rid for seq in self.scheduler.sequences] if rid is None else [rid]
         aborted = [seq for seq in map(self.scheduler.abort, rids) if seq is not None]
         self._counters.num_aborted += len(aborted)
-        return [self._output(seq, [], None) for seq in aborted]
+        return [self._output(seq, [], [], None) for seq in aborted]
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
@@ -196,13 +196,19 @@ class Engine:
             kept = self.scheduler.commit(extend, decision)
             self._counters.count(extend, decision, kept, is_first=is_first)
             if kept:
-                outputs.append(self._output(extend.seq, kept, decision.logprobs, is_first=is_first))
+                step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
+                outputs.append(self._output(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
         self._counters.num_steps += 1
         return outputs
 
     @staticmethod
     def _output(
-        seq: Sequence, tokens: list[int], logprobs: list[TokenLogprobs] | None, *, is_first: bool = False
+        seq: Sequence,
+        tokens: list[int],
+        spec_steps: list[SpecStep],
+        logprobs: list[TokenLogprobs] | None,
+        *,
+        is_first: bool = False,
     ) -> RequestOutput:
         return RequestOutput(
             rid=seq.request.rid,
@@ -218,6 +224,7 @@ class Engine:
             spec_verify_ct=seq.num_verify_passes,
             num_drafted=seq.num_drafted,
             num_accepted=seq.num_accepted,
+            spec_steps=spec_steps,
             queue_time=(seq.first_scheduled_time or time.monotonic()) - seq.arrival_time,
         )
 

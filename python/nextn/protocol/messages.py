@@ -62,10 +62,36 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]] = []
 
 
+class SpecStep(msgspec.Struct, frozen=True, array_like=True):
+    """How one step of the engine came to its tokens, for one request: ``[num_drafted, num_accepted, num_tokens]``.
+
+    The first ``num_accepted`` of the ``num_tokens`` were drafted; what follows, one token or none where the request
+    ended, is the model's own.
+    """
+
+    num_drafted: int
+    num_accepted: int
+    num_tokens: int
+
+
+def first_steps(steps: list[SpecStep], num_tokens: int) -> list[SpecStep]:
+    """What made the first ``num_tokens`` tokens; the last step is cut where they end."""
+    found: list[SpecStep] = []
+    for step in steps:
+        if num_tokens <= 0:
+            break
+        if step.num_tokens > num_tokens:
+            step = SpecStep(step.num_drafted, min(step.num_accepted, num_tokens), num_tokens)
+        found.append(step)
+        num_tokens -= step.num_tokens
+    return found
+
+
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one engine step produced for one request. Counts are totals since the request began.
 
     token_ids: the new tokens of this step; a stop token that ended the request is included
+    spec_steps: how they came about: one entry per step; together they have as many tokens as ``token_ids``
     finish_reason: None while it runs; exactly one output per request carries a reason, and it is the last
     stop_token_id: which token ended it, when finish_reason is "stop"
     error: why, when finish_reason is "error" or "abort"
@@ -88,6 +114,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     spec_verify_ct: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    spec_steps: list[SpecStep] = []
     queue_time: float = 0.0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from nextn.protocol.messages import SpecStep
 from nextn.server.generating import Choice
 
 
@@ -47,6 +48,10 @@ def usage_of(choices: Iterable[Choice], n: int) -> Usage:
     )
 
 
+SpecSteps = list[SpecStep] | msgspec.UnsetType
+"""Steps of a choice, or of a chunk of it; UNSET where the client has not asked."""
+
+
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     """matched_stop: the stop string, or the id of the stop token, that ended it"""
 
@@ -55,6 +60,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     matched_stop: int | str | None = None
+    spec_steps: SpecSteps = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +98,7 @@ class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
+    spec_steps: SpecSteps = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,6 +136,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     matched_stop: int | str | None = None
+    spec_steps: SpecSteps = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,9 +69,11 @@ async def _stream(
                     opening = ChatDelta(role="assistant", content="")
                     events.append(chunk([ChunkChoice(index=choice.index, delta=opening)], no_usage))
                 deltas, logprobs = writers[choice.index].write(piece)
+                spec_steps = writers[choice.index].spec_steps(piece)
                 for delta in deltas:
-                    events.append(chunk([ChunkChoice(index=choice.index, delta=delta, logprobs=logprobs)], no_usage))
-                    logprobs = None
+                    part = ChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, spec_steps=spec_steps)
+                    events.append(chunk([part], no_usage))
+                    logprobs, spec_steps = None, msgspec.UNSET
                 if choice.finish_reason is not None:
                     reason = writers[choice.index].finish_reason(choice)
                     events.append(
@@ -92,6 +94,7 @@ async def _collect(services: Services, plan: Plan, writers: list[ChatWriter]) ->
                 index = piece.choice.index
                 seen[index] = piece.choice
                 collectors[index].add(*writers[index].write(piece))
+                collectors[index].add_steps(writers[index].spec_steps(piece))
     choices = [
         ChatChoice(
             index=index,
@@ -99,6 +102,7 @@ async def _collect(services: Services, plan: Plan, writers: list[ChatWriter]) ->
             logprobs=collectors[index].logprobs,
             finish_reason=writers[index].finish_reason(choice),
             matched_stop=choice.matched,
+            spec_steps=collectors[index].spec_steps,
         )
         for index, choice in sorted(seen.items())
     ]

@@ -5,7 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from nextn.server.answers import ChatDelta, ChatMessage, FunctionAnswer, FunctionDelta, ToolCallAnswer, ToolCallDelta
+import msgspec
+
+from nextn.server.answers import (
+    ChatDelta,
+    ChatMessage,
+    FunctionAnswer,
+    FunctionDelta,
+    SpecSteps,
+    ToolCallAnswer,
+    ToolCallDelta,
+)
 from nextn.server.generating import Choice, Piece
 from nextn.server.logprobs import chat_logprobs
 from nextn.server.requests import ChatRequest
@@ -27,6 +37,7 @@ class ChatWriter:
             separates = services.args.reasoning_parser is not None
         self._tokenizer = services.require_tokenizer()
         self._parser = MessageParser(prompt, separates_reasoning=separates, tools=tools)
+        self._wants_steps = bool(asked.return_spec_steps)
         self._num_top = (asked.top_logprobs or 0) if asked.logprobs else None
         self._ends_after_call = asked.parallel_tool_calls is False
 
@@ -44,8 +55,13 @@ class ChatWriter:
         logprobs = None
         if self._num_top is not None and piece.logprobs:
             logprobs = chat_logprobs(piece.logprobs, self._tokenizer, self._num_top)
-            deltas = deltas or [ChatDelta(content="")]
+        if logprobs is not None or (self._wants_steps and piece.spec_steps):
+            deltas = deltas or [ChatDelta(content="")]  # something for them to stand beside
         return deltas, logprobs
+
+    def spec_steps(self, piece: Piece) -> SpecSteps:
+        """The steps of a piece, if the client has asked."""
+        return piece.spec_steps if self._wants_steps else msgspec.UNSET
 
     def finish_reason(self, choice: Choice) -> str | None:
         """OpenAI's word for how the choice ended."""
@@ -76,6 +92,11 @@ class Collector:
         self._reasoning: list[str] = []
         self._calls: dict[int, ToolCallAnswer] = {}
         self.logprobs: dict[str, Any] | None = None
+        self.spec_steps: SpecSteps = msgspec.UNSET
+
+    def add_steps(self, steps: SpecSteps) -> None:
+        if steps is not msgspec.UNSET:
+            self.spec_steps = steps if self.spec_steps is msgspec.UNSET else self.spec_steps + steps
 
     def add(self, deltas: list[ChatDelta], logprobs: dict[str, Any] | None) -> None:
         for delta in deltas:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nextn.protocol.messages import TokenLogprobs
-from nextn.server.answers import Completion, CompletionChoice, usage_of
+from nextn.server.answers import Completion, CompletionChoice, SpecSteps, usage_of
 from nextn.server.decoding import check_depth, decode, read_body
 from nextn.server.errors import invalid, unsupported
 from nextn.server.generating import Choice, Piece, Plan, generate
@@ -90,6 +90,10 @@ class _Writer:
         self._asked = asked
         self._offsets = [0] * (len(plan.prompts) * plan.n)
 
+    def has_news(self, piece: Piece) -> bool:
+        """Whether a piece says anything that the client has asked for."""
+        return not piece.is_empty or bool(self._asked.return_spec_steps and piece.spec_steps)
+
     def write(self, piece: Piece) -> CompletionChoice:
         choice = piece.choice
         echoed = self._prompt_text(choice) if piece.is_first and self._asked.echo else ""
@@ -107,6 +111,7 @@ class _Writer:
             logprobs=logprobs,
             finish_reason=choice.finish_reason,
             matched_stop=choice.matched,
+            spec_steps=piece.spec_steps if self._asked.return_spec_steps else msgspec.UNSET,
         )
 
     def _logprobs(self, tokens: list[TokenLogprobs], start: int) -> dict[str, Any]:
@@ -133,7 +138,7 @@ async def _stream(services: Services, asked: CompletionRequest, plan: Plan) -> A
     async with aclosing(generate(services, plan)) as steps:
         async for pieces in steps:
             seen.update((piece.choice.index, piece.choice) for piece in pieces)
-            events = [chunk([writer.write(piece)], no_usage) for piece in pieces if not piece.is_empty]
+            events = [chunk([writer.write(piece)], no_usage) for piece in pieces if writer.has_news(piece)]
             if events:
                 yield b"".join(events)
     if wants_usage:
@@ -170,4 +175,7 @@ def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
             else [x for part in parts if part.logprobs for x in part.logprobs[key]]
             for key in last.logprobs
         }
-    return msgspec.structs.replace(last, text="".join(part.text for part in parts), logprobs=logprobs)
+    steps: SpecSteps = msgspec.UNSET
+    if last.spec_steps is not msgspec.UNSET:
+        steps = [step for part in parts for step in part.spec_steps or ()]
+    return msgspec.structs.replace(last, text="".join(part.text for part in parts), logprobs=logprobs, spec_steps=steps)

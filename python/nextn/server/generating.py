@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from nextn.protocol.messages import AddRequest, RequestOutput, TokenLogprobs
+from nextn.protocol.messages import AddRequest, RequestOutput, SpecStep, TokenLogprobs, first_steps
 from nextn.protocol.sampling import TokenSampling
 from nextn.server.errors import from_output
 from nextn.server.inbox import Generation
@@ -89,6 +89,7 @@ class Piece:
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs]
+    spec_steps: list[SpecStep]
     is_first: bool
 
     @property
@@ -152,6 +153,7 @@ def _grow(choice: Choice, output: RequestOutput, plan: Plan) -> Piece:
         token_ids=token_ids,
         logprobs=(output.logprobs or [])[: len(token_ids)],
         prompt_logprobs=output.prompt_logprobs or [],
+        spec_steps=first_steps(output.spec_steps, len(token_ids)),
         is_first=is_first,
     )
 

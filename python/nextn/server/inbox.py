@@ -93,12 +93,14 @@ def merge(old: RequestOutput | None, new: RequestOutput) -> RequestOutput:
     if old is None:
         return new
     old.token_ids.extend(new.token_ids)
+    old.spec_steps.extend(new.spec_steps)
     logprobs = old.logprobs
     if logprobs is not None:
         logprobs.extend(new.logprobs or ())
     return msgspec.structs.replace(
         new,
         token_ids=old.token_ids,
+        spec_steps=old.spec_steps,
         logprobs=new.logprobs if logprobs is None else logprobs,
         prompt_logprobs=old.prompt_logprobs or new.prompt_logprobs,
     )

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nextn.protocol.messages import TokenLogprobs
+from nextn.protocol.messages import SpecStep, TokenLogprobs
 from nextn.server.decoding import decode, read_body
 from nextn.server.errors import invalid
 from nextn.server.generating import Choice, Piece, Plan, generate
@@ -164,6 +164,7 @@ class _Answer:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
+        self._spec_steps: list[SpecStep] = []
 
     def add(self, piece: Piece) -> dict[str, Any]:
         """Take in a piece; returns the whole answer so far."""
@@ -171,6 +172,7 @@ class _Answer:
         self._token_ids += piece.token_ids
         self._logprobs += piece.logprobs
         self._prompt_logprobs += piece.prompt_logprobs
+        self._spec_steps += piece.spec_steps
         return {"text": self._text, "output_ids": self._token_ids, "meta_info": self._meta_info(piece.choice)}
 
     def _meta_info(self, choice: Choice) -> dict[str, Any]:
@@ -182,6 +184,7 @@ class _Answer:
             "cached_tokens": choice.cached_tokens,
             "e2e_latency": time.monotonic() - self._started_at,
             "spec_verify_ct": choice.spec_verify_ct,
+            "spec_steps": self._spec_steps,
         }
         if choice.spec_verify_ct:
             meta["spec_accept_length"] = choice.num_tokens / choice.spec_verify_ct

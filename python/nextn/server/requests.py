@@ -50,6 +50,7 @@ class StreamOptions(_Strict, kw_only=True, frozen=True):
 class _OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     """Fields that chat and text completions share.
 
+    return_spec_steps: the answer says per step how many tokens were drafted, accepted and emitted
     user, metadata, store: taken and not used; they carry no meaning for a server that keeps nothing
     """
 
@@ -62,6 +63,7 @@ class _OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     rid: Rid | None = None
+    return_spec_steps: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
