@@ -83,8 +83,11 @@ def place_tokens(
     positions: list[int] = []
     slots: list[int] = []
     for (start, length), pages in zip(spans, page_tables, strict=True):
-        span = range(start, start + length)
-        positions += span
-        slots += [pages[p // page_size] * page_size + p % page_size for p in span]
+        end = start + length
+        positions += range(start, end)
+        for page in range(start // page_size, -(-end // page_size)):
+            # Slots of one page are adjacent.
+            moved = (pages[page] - page) * page_size
+            slots += range(moved + max(start, page * page_size), moved + min(end, (page + 1) * page_size))
     both = torch.tensor(positions + slots, device=device)
     return both[: len(positions)], both[len(positions) :]

@@ -10,6 +10,9 @@ from nextn.scheduler.sequence import Sequence
 RING = 64
 """Positions kept per sequence: more than the entries that may be missing, and the drafts of a step, together."""
 
+MAX_UNWRITTEN = 16
+"""Steps whose states are copied to their homes in one go."""
+
 
 class HiddenStates:
     """One home for each position: the row of its page if it is the page's last, else a row of its sequence's ring.
@@ -18,6 +21,8 @@ class HiddenStates:
     running sequence its latest ones; all others are used up in the step that computes them.
 
     states: [num_pages + max_running · RING, H]
+    unwritten: hidden states of the latest steps that still have to be copied there
+    row_of_home: which of their rows goes where
     """
 
     def __init__(self, num_pages: int, page_size: int, max_running: int, like: torch.Tensor) -> None:
@@ -25,41 +30,58 @@ class HiddenStates:
         self._num_pages = num_pages
         self._page_size = page_size
         self._states = like.new_zeros(num_pages + max_running * RING, like.shape[0])
+        self._unwritten: list[torch.Tensor] = []
+        self._row_of_home: dict[int, int] = {}
 
     def homes(self, seq: Sequence, positions: range) -> list[int]:
         """Row of each position's state."""
-        return [self._home(seq, position) for position in positions]
-
-    def _home(self, seq: Sequence, position: int) -> int:
-        page, offset = divmod(position, self._page_size)
-        if offset == self._page_size - 1:
-            return seq.pages[page]
-        return self._num_pages + seq.slot * RING + position % RING
+        size, pages = self._page_size, seq.pages
+        ring = self._num_pages + seq.slot * RING
+        return [pages[p // size] if p % size == size - 1 else ring + p % RING for p in positions]
 
     def store(self, extends: list[Extend], hidden: torch.Tensor) -> None:
         """Keep what a later step may ask for. hidden: [T, H], num_tokens + num_drafts rows per extend."""
-        if len(hidden) == len(extends):
-            homes = [self._home(extend.seq, extend.start) for extend in extends]
-            self._states.index_copy_(0, self._indices(homes), hidden)
+        if len(hidden) > len(extends):
+            self._flush()
+            homes, rows = self._kept_rows(extends)
+            source = hidden if len(rows) == len(hidden) else hidden.index_select(0, self._indices(rows))
+            self._states.index_copy_(0, self._indices(homes), source)
             return
-        rows: list[int] = []
-        homes = []
-        row = 0
-        for extend in extends:
-            num_rows = extend.num_tokens + extend.num_drafts
-            first, end = extend.start, extend.start + num_rows
-            recent = range(max(first, end - RING), end)
-            page_ends = range(first + self._page_size - 1 - first % self._page_size, recent.start, self._page_size)
-            for kept in (page_ends, recent):
-                rows += range(row + kept.start - first, row + kept.stop - first, kept.step)
-                homes += self.homes(extend.seq, kept)
-            row += num_rows
-        source = hidden if len(rows) == row else hidden.index_select(0, self._indices(rows))
-        self._states.index_copy_(0, self._indices(homes), source)
+        # One token each: while nothing is drafted nobody asks, so several steps are copied in one go.
+        first_row = sum(map(len, self._unwritten))
+        for row, extend in enumerate(extends, first_row):
+            (home,) = self.homes(extend.seq, range(extend.start, extend.end))
+            self._row_of_home[home] = row
+        self._unwritten.append(hidden)
+        if len(self._unwritten) >= MAX_UNWRITTEN:
+            self._flush()
 
     def load(self, homes: list[int]) -> torch.Tensor:
         """States by row, [len(homes), H]."""
+        self._flush()
         return self._states.index_select(0, self._indices(homes))
+
+    def _flush(self) -> None:
+        if self._unwritten:
+            homes, rows = self._indices(list(self._row_of_home)), self._indices(list(self._row_of_home.values()))
+            self._states.index_copy_(0, homes, torch.cat(self._unwritten).index_select(0, rows))
+            self._unwritten.clear()
+            self._row_of_home.clear()
+
+    def _kept_rows(self, extends: list[Extend]) -> tuple[list[int], list[int]]:
+        """Homes and rows of the last positions of each extend, and of all page ends."""
+        homes: list[int] = []
+        rows: list[int] = []
+        row = 0
+        for extend in extends:
+            first, end = extend.start, extend.start + extend.num_tokens + extend.num_drafts
+            recent = range(max(first, end - RING), end)
+            page_ends = range(first + self._page_size - 1 - first % self._page_size, recent.start, self._page_size)
+            for kept in (page_ends, recent):
+                homes += self.homes(extend.seq, kept)
+                rows += range(row + kept.start - first, row + kept.stop - first, kept.step)
+            row += end - first
+        return homes, rows
 
     def _indices(self, rows: list[int]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self._states.device)

@@ -12,14 +12,17 @@ from collections.abc import Iterable
 from itertools import accumulate
 from operator import mul
 
-PROBE_SHARE = 0.01
+TRIES_AT_FIRST = 2
+"""How often a k is timed before its time is trusted."""
+
+REVIEW_EVERY = 8
+"""Steps between two looks at the figures."""
+
+PROBE_SHARE = 0.005
 """Share of the time that tries of another k may cost."""
 
 MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 512
 """Steps between two tries, at least and at most."""
-
-TRIES_AT_FIRST = 2
-"""How often every k is timed at a batch size not met before."""
 
 COST_MEMORY = 0.2
 RATE_MEMORY = 0.005
@@ -39,41 +42,35 @@ class DraftLengthPolicy:
         self.max_drafts = max_drafts
         self.acceptance = [first_guess] * max_drafts
         self._num_seen = [GUESS_WEIGHT] * max_drafts
-        self._costs: dict[int, list[_Cost]] = {}
+        self._costs: dict[int, _StepCosts] = {}
         self._steps_until_probe = MIN_PROBE_GAP
         self._num_probes = 0
 
     def choose(self, num_seqs: int) -> int:
         """The number of drafts for a step of ``num_seqs`` ≥ 1 decoding sequences."""
         costs = self._costs_at(num_seqs)
-        untried = [k for k, cost in enumerate(costs) if cost.num_seen < TRIES_AT_FIRST]
-        if untried:
-            return untried[-1]
-        best = self.best(num_seqs)
         self._steps_until_probe -= 1
-        if self._steps_until_probe > 0:
-            return best
-        self._num_probes += 1
-        neighbours = [k for k in (best + 1, best - 1) if 0 <= k <= self.max_drafts]
-        probe = neighbours[self._num_probes % len(neighbours)]
-        yields = self._expected_tokens()
-        lost = costs[probe].seconds - costs[best].seconds * yields[probe] / yields[best]
-        gap = lost / (PROBE_SHARE * costs[best].seconds)
-        self._steps_until_probe = max(MIN_PROBE_GAP, min(MAX_PROBE_GAP, int(gap)))
-        return probe
+        if costs.steps_until_review > 0:
+            costs.steps_until_review -= 1
+            return costs.chosen
+        best = self.best(num_seqs)
+        # Where nothing is known, everything is tried; where a similar batch is, none at all and what looks best.
+        untried = [k for k in ((0, best) if costs.guess else range(self.max_drafts, -1, -1)) if not costs.trusts(k)]
+        if untried:
+            return untried[0]
+        if self._steps_until_probe <= 0:
+            return self._probe(costs, best)
+        costs.chosen, costs.steps_until_review = best, REVIEW_EVERY - 1
+        return best
 
     def best(self, num_seqs: int) -> int:
-        """The k with the most expected tokens per second, as far as measured; ties go to fewer drafts."""
+        """The k with the most expected tokens per second, as far as known; ties go to fewer drafts."""
         costs, yields = self._costs_at(num_seqs), self._expected_tokens()
-        return max(range(len(costs)), key=lambda k: yields[k] / costs[k].seconds if costs[k].seconds else 0.0)
-
-    def _expected_tokens(self) -> list[float]:
-        """Per sequence, of a step that drafts 0, 1, … tokens."""
-        return list(accumulate(accumulate(self.acceptance, mul, initial=1.0)))
+        return max(range(self.max_drafts + 1), key=lambda k: yields[k] / costs.estimate(k))
 
     def observe(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """Record what a step of decoding sequences took that all drafted ``num_drafts`` tokens."""
-        self._costs_at(num_seqs)[num_drafts].update(seconds)
+        self._costs_at(num_seqs).update(num_drafts, seconds)
 
     def observe_acceptance(self, outcomes: Iterable[tuple[int, int]]) -> None:
         """outcomes: (drafted, accepted) of each verified chain."""
@@ -83,22 +80,67 @@ class DraftLengthPolicy:
                 weight = max(RATE_MEMORY, 1 / self._num_seen[j])
                 self.acceptance[j] += weight * ((j < accepted) - self.acceptance[j])
 
-    def _costs_at(self, num_seqs: int) -> list[_Cost]:
+    def _probe(self, costs: _StepCosts, best: int) -> int:
+        """Another k: none at all, or a neighbour of the best. What the try loses sets when the next may come."""
+        self._num_probes += 1
+        others = [k for k in (best + 1, best - 1, 0) if 0 <= k <= self.max_drafts and k != best]
+        k = others[self._num_probes % len(others)]
+        yields = self._expected_tokens()
+        lost = costs.estimate(k) / costs.estimate(best) - yields[k] / yields[best]
+        self._steps_until_probe = max(MIN_PROBE_GAP, min(MAX_PROBE_GAP, int(lost / PROBE_SHARE)))
+        return k
+
+    def _expected_tokens(self) -> list[float]:
+        """Per sequence, of a step that drafts 0, 1, … tokens."""
+        return list(accumulate(accumulate(self.acceptance, mul, initial=1.0)))
+
+    def _costs_at(self, num_seqs: int) -> _StepCosts:
         """Batch sizes share their measurements between powers of two."""
-        return self._costs.setdefault((num_seqs - 1).bit_length(), [_Cost() for _ in range(self.max_drafts + 1)])
+        bucket = (num_seqs - 1).bit_length()
+        if bucket not in self._costs:
+            known = [other for other, costs in self._costs.items() if costs.is_complete]
+            nearest = min(known, key=lambda other: abs(other - bucket), default=None)
+            guess = [] if nearest is None else [self._costs[nearest].estimate(k) for k in range(self.max_drafts + 1)]
+            self._costs[bucket] = _StepCosts(self.max_drafts, guess)
+        return self._costs[bucket]
 
 
-class _Cost:
-    """A running mean of a step's seconds; 0 before the first."""
+class _StepCosts:
+    """Running means of a step's seconds by number of drafts, at one batch size.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.num_seen = 0
+    guess: the seconds at a similar batch size, whose ratios stand in for what was not measured; empty if there is none
+    chosen, steps_until_review: what the next steps do without another look
+    """
 
-    def update(self, seconds: float) -> None:
-        self.num_seen += 1
-        if self.num_seen <= TRIES_AT_FIRST:
+    def __init__(self, max_drafts: int, guess: list[float]) -> None:
+        self.guess = guess
+        self.seconds = [0.0] * (max_drafts + 1)
+        self.num_seen = [0] * (max_drafts + 1)
+        self.chosen = 0
+        self.steps_until_review = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every k has an estimate."""
+        return bool(self.guess) or all(self.num_seen)
+
+    def trusts(self, k: int) -> bool:
+        return self.num_seen[k] >= TRIES_AT_FIRST
+
+    def estimate(self, k: int) -> float:
+        """Seconds of a step with k drafts; infinite if there is nothing to go by."""
+        if self.num_seen[k]:
+            return self.seconds[k]
+        if not self.guess:
+            return float("inf")
+        most_seen = max(range(len(self.num_seen)), key=self.num_seen.__getitem__)
+        scale = self.seconds[most_seen] / self.guess[most_seen] if self.num_seen[most_seen] else 1.0
+        return self.guess[k] * scale
+
+    def update(self, k: int, seconds: float) -> None:
+        self.num_seen[k] += 1
+        if self.num_seen[k] <= TRIES_AT_FIRST:
             # The first tries warm caches up: the fastest says most.
-            self.seconds = min(self.seconds, seconds) if self.seconds else seconds
+            self.seconds[k] = min(self.seconds[k], seconds) if self.num_seen[k] > 1 else seconds
         else:
-            self.seconds += COST_MEMORY * (min(seconds, OUTLIER * self.seconds) - self.seconds)
+            self.seconds[k] += COST_MEMORY * (min(seconds, OUTLIER * self.seconds[k]) - self.seconds[k])

@@ -28,7 +28,7 @@ from nextn.speculative.logits import Row
 FIRST_KEY = 1
 """The first slot that holds an entry of the draft layer."""
 
-MAX_MISSING = 32
+MAX_MISSING = 48
 """Entries that a sequence may lack while nothing is drafted for it; then they are made, all sequences' in one go."""
 
 ChooseTokens = Callable[[torch.Tensor, list[Row]], tuple[torch.Tensor, torch.Tensor | None]]
@@ -114,9 +114,11 @@ class NextNProposer:
                 done[i] = extend.end
             row += extend.num_tokens + extend.num_drafts
         if ids:
-            inputs = hidden.index_select(0, self._indices(rows))
-            if kept:
-                inputs[kept] = self.hidden_states.load(homes)
+            if len(kept) == len(ids):
+                inputs = self.hidden_states.load(homes)
+            else:
+                inputs = hidden.index_select(0, self._indices(rows))
+                inputs.index_copy_(0, self._indices(kept), self.hidden_states.load(homes))
             positions, slot_mapping = place_tokens(spans, pages, self._page_size, self._device)
             self._draft.write_kv(self._indices(ids), inputs, positions, slot_mapping, self._kv_cache)
         return done
