@@ -7,17 +7,18 @@ garbage" is the same with a draft layer of shuffled weights, whose drafts are al
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from nextn import demo
+from nextn.execution.engine import MAX_NUM_DRAFT_STEPS
 from nextn.llm import LLM, SamplingParams
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import alternate, parser, prompts, ratio, report, timed
-
-NUM_PROMPTS = 64
 
 
 def shuffle_draft(folder: Path, to: Path) -> Path:
@@ -41,39 +42,49 @@ def main() -> None:
     args = made.parse_args()
     params = SamplingParams(temperature=0, max_new_tokens=args.num_tokens)
     folder = Path(args.model_path) if args.model_path else demo.checkpoint_dir()
+    ks = (0, 3) if args.quick else range(MAX_NUM_DRAFT_STEPS + 1)
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         garbage = shuffle_draft(folder, Path(scratch) / "garbage")
-        sides: dict[str, tuple[Path, int | None]] = {str(k): (folder, k) for k in ((0, 3) if args.quick else range(6))}
+        sides: dict[str, tuple[Path, int | None]] = {str(k): (folder, k) for k in ks}
         sides |= {"policy": (folder, None), "policy, garbage": (garbage, None)}
-        engines = {
-            name: LLM(str(path), speculative_num_steps=k, disable_radix_cache=True, max_total_tokens=32768)
-            for name, (path, k) in sides.items()
-        }
-    drawn = prompts(engines["0"], NUM_PROMPTS)
-    rows = []
-    for num_streams in args.streams:
-        used = drawn[: 16 if num_streams < 16 or args.quick else NUM_PROMPTS]
-        batches = [used[i : i + num_streams] for i in range(0, len(used), num_streams)]
-
-        def throughput(llm: LLM, batches: list[list[list[int]]] = batches) -> float:
-            seconds, outputs = timed(lambda: [out for batch in batches for out in llm.generate(batch, params)])
-            return sum(len(out.output_ids) for out in outputs) / seconds
-
-        figures = alternate(
-            {name: lambda llm=llm: throughput(llm) for name, llm in engines.items()},  # type: ignore[misc]
-            2 if args.quick else 5,
-        )
-        rows += [
-            {
-                "streams": num_streams,
-                "drafts": name,
-                "tok/s": sorted(figures[name])[len(figures[name]) // 2],
-                "against none": ratio(figures[name], figures["0"]),
-                "accept length": llm.stats.accept_length or 1.0,
-            }
-            for name, llm in engines.items()
-        ]
+        for num_streams in args.streams:
+            rows += measure(sides, num_streams, params, args.quick)
     report("NextN drafts on against off, greedy", rows, args.json)
+
+
+def measure(
+    sides: dict[str, tuple[Path, int | None]], num_streams: int, params: SamplingParams, is_quick: bool
+) -> list[dict[str, Any]]:
+    """Rows of the table for ``num_streams`` requests at once: as one finishes, the next starts."""
+    engines = {
+        name: LLM(
+            str(path),
+            speculative_num_steps=k,
+            disable_radix_cache=True,
+            max_running_requests=num_streams,
+            max_total_tokens=512 * num_streams,
+        )
+        for name, (path, k) in sides.items()
+    }
+    used = prompts(engines["0"], max(16, (1 if is_quick else 4) * num_streams))
+
+    def throughput(llm: LLM) -> float:
+        seconds, outputs = timed(lambda: llm.generate(used, params))
+        return sum(len(out.output_ids) for out in outputs) / seconds
+
+    runs = {name: lambda llm=llm: throughput(llm) for name, llm in engines.items()}  # type: ignore[misc]
+    figures = alternate(runs, 2 if is_quick else 5)
+    return [
+        {
+            "streams": num_streams,
+            "drafts": name,
+            "tok/s": statistics.median(figures[name]),
+            "against none": ratio(figures[name], figures["0"]),
+            "accept length": llm.stats.accept_length or 1.0,
+        }
+        for name, llm in engines.items()
+    ]
 
 
 if __name__ == "__main__":

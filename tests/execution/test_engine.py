@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 from nextn.protocol.messages import AddRequest
+from nextn.speculative.policy import DraftLengthPolicy
 from scipy import stats
 
 from tests.conftest import EngineFactory, request, run_all, run_outputs
@@ -32,9 +34,15 @@ def plain_outputs(make_engine: EngineFactory) -> dict[str, list[int]]:
 @pytest.mark.parametrize("num_drafts", [0, 1, 3, 5, None])
 @pytest.mark.parametrize("together", [True, False])
 def test_greedy_output_does_not_depend_on_drafts_or_batching(
-    make_engine: EngineFactory, plain_outputs: dict[str, list[int]], num_drafts: int | None, together: bool
+    make_engine: EngineFactory,
+    plain_outputs: dict[str, list[int]],
+    num_drafts: int | None,
+    together: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine(num_draft_steps=num_drafts)
+    choices = itertools.cycle([3, 0, 0, 1, 5, 0, 2, 4])  # a random model's drafts are so bad that it would choose 0
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: next(choices))
     requests = [request(str(i), prompt) for i, prompt in enumerate(prompts(8))]
     outputs = (
         run_all(engine, requests) if together else {k: v for r in requests for k, v in run_all(engine, [r]).items()}

@@ -20,7 +20,7 @@ from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler, SchedulerConfig
 from nextn.scheduler.sequence import Sequence
 from nextn.speculative.cycle import SpeculativeCycle
-from nextn.speculative.policy import DraftLengthPolicy
+from nextn.speculative.policy import TRIES_AT_FIRST, DraftLengthPolicy
 from nextn.speculative.proposer import NextNProposer
 
 DEFAULT_NUM_DRAFT_STEPS = 3
@@ -28,6 +28,9 @@ DEFAULT_NUM_DRAFT_STEPS = 3
 
 MAX_NUM_DRAFT_STEPS = 5
 """The most that the policy tries."""
+
+WARM_UP_TOKENS = TRIES_AT_FIRST * (MAX_NUM_DRAFT_STEPS + 1) * (MAX_NUM_DRAFT_STEPS + 2)
+"""Enough for a try of every number of drafts, were all of them accepted."""
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +109,12 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """Run a short request through every part once, so that the first user does not pay for lazy initialisation."""
+        """Run a short request through every part, so that the first user does not pay for lazy initialisation.
+
+        It is as long as the policy needs to time every number of drafts.
+        """
         prompt = [i % self.vocab_size for i in range(self.config.page_size)]
-        new_tokens = min(8, self.context_length - len(prompt))
+        new_tokens = min(8 if self._policy is None else WARM_UP_TOKENS, self.context_length - len(prompt))
         if new_tokens > 0:
             self.add(
                 AddRequest(
@@ -181,8 +187,9 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
-        policy, num_decoding = self._policy, self.scheduler.num_decoding
-        num_drafts = policy.choose(num_decoding) if policy is not None and num_decoding else None
+        policy, num_drafts = self._policy, None
+        if policy is not None and (num_decoding := self.scheduler.num_decoding):
+            num_drafts = policy.choose(num_decoding, will_be_timed=self.scheduler.only_decodes)
         extends = self.scheduler.schedule(num_drafts)
         if not extends:
             return []

@@ -88,6 +88,11 @@ class Scheduler:
         return sum(seq.is_decoding for seq in self.running)
 
     @property
+    def only_decodes(self) -> bool:
+        """Whether the next step computes no prompt, as far as can be said before it."""
+        return self.num_decoding == len(self.running) and not (self.waiting and self._free_slots)
+
+    @property
     def is_full(self) -> bool:
         return len(self.waiting) >= self._config.max_queued
 

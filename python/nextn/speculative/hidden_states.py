@@ -39,6 +39,12 @@ class HiddenStates:
         ring = self._num_pages + seq.slot * RING
         return [pages[p // size] if p % size == size - 1 else ring + p % RING for p in positions]
 
+    def _home(self, seq: Sequence, position: int) -> int:
+        size = self._page_size
+        if position % size == size - 1:
+            return seq.pages[position // size]
+        return self._num_pages + seq.slot * RING + position % RING
+
     def store(self, extends: list[Extend], hidden: torch.Tensor) -> None:
         """Keep what a later step may ask for. hidden: [T, H], num_tokens + num_drafts rows per extend."""
         if len(hidden) > len(extends):
@@ -50,8 +56,7 @@ class HiddenStates:
         # One token each: while nothing is drafted nobody asks, so several steps are copied in one go.
         first_row = sum(map(len, self._unwritten))
         for row, extend in enumerate(extends, first_row):
-            (home,) = self.homes(extend.seq, range(extend.start, extend.end))
-            self._row_of_home[home] = row
+            self._row_of_home[self._home(extend.seq, extend.start)] = row
         self._unwritten.append(hidden)
         if len(self._unwritten) >= MAX_UNWRITTEN:
             self._flush()
@@ -69,18 +74,23 @@ class HiddenStates:
             self._row_of_home.clear()
 
     def _kept_rows(self, extends: list[Extend]) -> tuple[list[int], list[int]]:
-        """Homes and rows of the last positions of each extend, and of all page ends."""
+        """Homes and rows of each extend's last known token and drafts, and of all page ends before.
+
+        The entries that need the other states of a chunk are made along with it.
+        """
+        size = self._page_size
         homes: list[int] = []
         rows: list[int] = []
         row = 0
         for extend in extends:
-            first, end = extend.start, extend.start + extend.num_tokens + extend.num_drafts
-            recent = range(max(first, end - RING), end)
-            page_ends = range(first + self._page_size - 1 - first % self._page_size, recent.start, self._page_size)
-            for kept in (page_ends, recent):
-                homes += self.homes(extend.seq, kept)
-                rows += range(row + kept.start - first, row + kept.stop - first, kept.step)
-            row += end - first
+            move = row - extend.start
+            last, end = extend.end - 1, extend.end + extend.num_drafts
+            page_ends = range(extend.start + size - 1 - extend.start % size, last, size)
+            homes += self.homes(extend.seq, page_ends)
+            homes += self.homes(extend.seq, range(last, end))
+            rows += range(page_ends.start + move, last + move, size)
+            rows += range(last + move, end + move)
+            row = end + move
         return homes, rows
 
     def _indices(self, rows: list[int]) -> torch.Tensor:

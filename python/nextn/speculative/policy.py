@@ -24,12 +24,13 @@ PROBE_SHARE = 0.005
 MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 512
 """Steps between two tries, at least and at most."""
 
-COST_MEMORY = 0.2
+COST_MEMORY = 0.1
 RATE_MEMORY = 0.005
 """Weights of one new observation in the running means of a step's seconds and of an acceptance."""
 
+FIRST_GUESS = 0.7
 GUESS_WEIGHT = 4
-"""As many observations as this count as much as the first guess of an acceptance."""
+"""A position's acceptance is guessed to be the previous one's; the guess counts as much as so many observations."""
 
 OUTLIER = 3.0
 """A step this many times as long as usual was held up by something else; its length counts as this at most."""
@@ -38,23 +39,36 @@ OUTLIER = 3.0
 class DraftLengthPolicy:
     """Owns the measurements. ``choose`` before a step, ``observe`` after it."""
 
-    def __init__(self, max_drafts: int, first_guess: float = 0.7) -> None:
+    def __init__(self, max_drafts: int) -> None:
         self.max_drafts = max_drafts
-        self.acceptance = [first_guess] * max_drafts
-        self._num_seen = [GUESS_WEIGHT] * max_drafts
+        self._accepted = [0.0] * max_drafts
+        self._num_seen = [0] * max_drafts
         self._costs: dict[int, _StepCosts] = {}
         self._steps_until_probe = MIN_PROBE_GAP
         self._num_probes = 0
 
-    def choose(self, num_seqs: int) -> int:
-        """The number of drafts for a step of ``num_seqs`` ≥ 1 decoding sequences."""
+    @property
+    def acceptance(self) -> list[float]:
+        """The chance of each draft to be accepted if the ones before it were."""
+        chances = [FIRST_GUESS]
+        for rate, num_seen in zip(self._accepted, self._num_seen, strict=True):
+            chances.append((num_seen * rate + GUESS_WEIGHT * chances[-1]) / (num_seen + GUESS_WEIGHT))
+        return chances[1:]
+
+    def choose(self, num_seqs: int, *, will_be_timed: bool = True) -> int:
+        """The number of drafts for a step of ``num_seqs`` ≥ 1 decoding sequences.
+
+        will_be_timed: whether ``observe`` will hear of it, so that something can be tried
+        """
         costs = self._costs_at(num_seqs)
-        self._steps_until_probe -= 1
+        self._steps_until_probe -= will_be_timed
         if costs.steps_until_review > 0:
             costs.steps_until_review -= 1
             return costs.chosen
         best = self.best(num_seqs)
         # Where nothing is known, everything is tried; where a similar batch is, none at all and what looks best.
+        if not will_be_timed:
+            return best
         untried = [k for k in ((0, best) if costs.guess else range(self.max_drafts, -1, -1)) if not costs.trusts(k)]
         if untried:
             return untried[0]
@@ -78,7 +92,7 @@ class DraftLengthPolicy:
             for j in range(min(accepted + 1, drafted, self.max_drafts)):
                 self._num_seen[j] += 1
                 weight = max(RATE_MEMORY, 1 / self._num_seen[j])
-                self.acceptance[j] += weight * ((j < accepted) - self.acceptance[j])
+                self._accepted[j] += weight * ((j < accepted) - self._accepted[j])
 
     def _probe(self, costs: _StepCosts, best: int) -> int:
         """Another k: none at all, or a neighbour of the best. What the try loses sets when the next may come."""
@@ -95,8 +109,9 @@ class DraftLengthPolicy:
         return list(accumulate(accumulate(self.acceptance, mul, initial=1.0)))
 
     def _costs_at(self, num_seqs: int) -> _StepCosts:
-        """Batch sizes share their measurements between powers of two."""
-        bucket = (num_seqs - 1).bit_length()
+        """Similar batch sizes share their measurements: 1, 2, 3, 4, 5 … 6, 7 … 8, 9 … 12, 13 … 16, …"""
+        octave = (num_seqs - 1).bit_length()
+        bucket = 2 * octave + (4 * num_seqs > 3 << octave)
         if bucket not in self._costs:
             known = [other for other, costs in self._costs.items() if costs.is_complete]
             nearest = min(known, key=lambda other: abs(other - bucket), default=None)
@@ -108,7 +123,8 @@ class DraftLengthPolicy:
 class _StepCosts:
     """Running means of a step's seconds by number of drafts, at one batch size.
 
-    guess: the seconds at a similar batch size, whose ratios stand in for what was not measured; empty if there is none
+    guess: the seconds at a similar batch size, or nothing; scaled by the nearest k measured here, they stand in
+        for what was not measured
     chosen, steps_until_review: what the next steps do without another look
     """
 
@@ -133,9 +149,9 @@ class _StepCosts:
             return self.seconds[k]
         if not self.guess:
             return float("inf")
-        most_seen = max(range(len(self.num_seen)), key=self.num_seen.__getitem__)
-        scale = self.seconds[most_seen] / self.guess[most_seen] if self.num_seen[most_seen] else 1.0
-        return self.guess[k] * scale
+        measured = [other for other, num_seen in enumerate(self.num_seen) if num_seen]
+        nearest = min(measured, key=lambda other: abs(other - k), default=None)
+        return self.guess[k] * (1.0 if nearest is None else self.seconds[nearest] / self.guess[nearest])
 
     def update(self, k: int, seconds: float) -> None:
         self.num_seen[k] += 1
