@@ -57,7 +57,7 @@ def test_greedy_text_is_the_same_with_any_number_of_drafts(llm: LLM, open_prompt
 
 
 def test_drafts_are_accepted_as_the_model_card_says(open_prompts: list[str]) -> None:
-    llm = LLM()
+    llm = LLM(speculative_num_steps=3)
     llm.generate(open_prompts, SamplingParams(temperature=0, max_new_tokens=128))
     stats = llm.stats
     assert stats.accept_length >= 2.4

@@ -35,6 +35,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.num_added = 0
         self.ended: set[str] = set()
+        self.with_entries: set[int] = set()
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
@@ -80,15 +81,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(seq.pages) * PAGE_SIZE >= extend.end + extend.num_drafts, "no slot for the last draft"
             accepted = data.draw(st.integers(0, extend.num_drafts))
             tokens = data.draw(st.lists(st.sampled_from([0, 1, EOS]), min_size=accepted + 1, max_size=accepted + 1))
-            # The draft layer may lag behind; what it lacks must not reach the prefix cache.
+            # The draft layer may lag behind; the prefix cache must not claim entries that it lacks.
             num_draft_computed = data.draw(st.integers(seq.num_draft_computed, extend.end))
-            decision = Decision(
-                tokens if extend.decides else [],
-                accepted,
-                num_draft_computed=data.draw(st.sampled_from([None, num_draft_computed])),
-            )
+            decision = Decision(tokens if extend.decides else [], accepted, num_draft_computed=num_draft_computed)
+            # Pages that the sequence alone writes to have entries as far as it made them.
+            self.with_entries.difference_update(seq.pages[max(len(seq.nodes), seq.num_draft_computed // PAGE_SIZE) :])
+            self.with_entries.update(seq.pages[: num_draft_computed // PAGE_SIZE])
             self.scheduler.commit(extend, decision)
-            assert len(seq.nodes) * PAGE_SIZE <= seq.num_draft_computed, "a page without draft entries was published"
             if seq.finish_reason is not None:
                 assert seq.finish_reason == ("stop" if seq.tokens[-1] == EOS else "length")
                 self._note_end(seq.request.rid)
@@ -104,6 +103,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_has_one_owner(self) -> None:
         self.scheduler.check()
+
+    @invariant()
+    def the_prefix_cache_claims_no_entries_that_were_not_made(self) -> None:
+        claimed = {node.page for node in self.scheduler.pages.cache.nodes() if node.has_draft}
+        assert claimed <= self.with_entries
 
     def teardown(self) -> None:
         """Everything still here runs to its end with the shortest outputs; then all pages are free or unreferenced."""

@@ -22,14 +22,12 @@ def simulate(policy: DraftLengthPolicy, acceptance: float, draft_cost: float, nu
     for _ in range(num_steps):
         k = policy.choose(num_seqs)
         taken = (1 + k * draft_cost) * rng.uniform(0.9, 1.1)
-        outcomes = []
         for _ in range(num_seqs):
             accepted = 0
             while accepted < k and rng.random() < acceptance:
                 accepted += 1
-            outcomes.append((k, accepted))
+            policy.observe_acceptance(k, accepted)
             tokens += accepted + 1
-        policy.observe_acceptance(outcomes)
         policy.observe(num_seqs, k, taken)
         seconds += taken
     return tokens / seconds / num_seqs

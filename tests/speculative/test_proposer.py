@@ -11,10 +11,9 @@ import pytest
 import torch
 from nextn.config.engine_config import EngineConfig
 from nextn.execution.engine import Engine
-from nextn.scheduler.scheduler import Decision, Extend, Scheduler
-from nextn.speculative.hidden_states import RING
+from nextn.scheduler.scheduler import MAX_LAG, Decision, Extend, Scheduler
 from nextn.speculative.logits import Row
-from nextn.speculative.proposer import MAX_MISSING, ChooseTokens, Drafts, NextNProposer
+from nextn.speculative.proposer import ChooseTokens, Drafts, NextNProposer
 
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.conftest import request, run_all
@@ -125,13 +124,13 @@ def test_drafts_are_those_of_the_definition(
 def test_drafts_are_those_of_the_definition_after_steps_without_any(
     state: dict[str, torch.Tensor], reference: NextNReference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While nothing is drafted, entries are left out, up to a bound; they are there when drafts start from them."""
+    """While nothing is drafted, no entries are made; they are there when drafts start from them."""
     folder = write_checkpoint(tmp_path, CONFIG, state=state, dtype=torch.float32)
     recorder = Recorder(monkeypatch)
     engine = Engine(EngineConfig(model_path=str(folder), num_draft_steps=3, page_size=4))
     recorder.chains.clear()
-    pauses = itertools.cycle([0, 1, 2, 5, MAX_MISSING - 1, MAX_MISSING, MAX_MISSING + 1, RING + 3])
-    steps = itertools.chain.from_iterable([0] * pause + [2, 3] for pause in pauses)
+    pauses = itertools.cycle([0, 1, 2, 5, MAX_LAG - 1, MAX_LAG, MAX_LAG + 1, 3 * MAX_LAG])
+    steps = itertools.chain.from_iterable([0] * pause + [2, 3, 1] for pause in pauses)
     schedule = Scheduler.schedule
     monkeypatch.setattr(Scheduler, "schedule", lambda self, num_drafts: schedule(self, next(steps)))
     lags: list[int] = []
@@ -148,4 +147,26 @@ def test_drafts_are_those_of_the_definition_after_steps_without_any(
     assert len(recorder.chains) > 30
     for found in recorder.chains:
         assert found.drafts == defined_chain(reference, found.tokens, len(found.drafts)).drafts, f"after {found.tokens}"
-    assert MAX_MISSING // 2 < max(lags) < MAX_MISSING
+    assert max(lags) > 2 * MAX_LAG
+
+
+def test_drafts_are_those_of_the_definition_over_a_prefix_that_was_cached_without_draft_entries(
+    state: dict[str, torch.Tensor], reference: NextNReference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path, CONFIG, state=state, dtype=torch.float32)
+    recorder = Recorder(monkeypatch)
+    engine = Engine(EngineConfig(model_path=str(folder), num_draft_steps=3, page_size=4))
+    recorder.chains.clear()
+    schedule = Scheduler.schedule
+    num_drafts = 0
+    monkeypatch.setattr(Scheduler, "schedule", lambda self, _: schedule(self, num_drafts))
+    shared = [(5 * i) % VOCAB for i in range(37)]
+    run_all(engine, [request("first", shared, 12)])
+    assert not recorder.chains
+    num_drafts = 3
+    for i, tail in enumerate(([3], [3], [1, 2])):
+        run_all(engine, [request(str(i), [*shared, *tail], 12)])
+    assert engine.stats().cached_tokens >= 3 * 36
+    assert len(recorder.chains) > 10
+    for found in recorder.chains:
+        assert found.drafts == defined_chain(reference, found.tokens, len(found.drafts)).drafts, f"after {found.tokens}"

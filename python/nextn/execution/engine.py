@@ -79,9 +79,7 @@ class Engine:
         )
         proposer = None
         if draft is not None:
-            proposer = NextNProposer(
-                draft, kv_cache, max_running=config.max_running_requests, page_size=config.page_size
-            )
+            proposer = NextNProposer(draft, kv_cache)
         self._cycle = SpeculativeCycle(self._loaded.target, proposer, kv_cache, page_size=config.page_size)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -188,20 +186,25 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
         policy, num_drafts = self._policy, None
-        if policy is not None and (num_decoding := self.scheduler.num_decoding):
-            num_drafts = policy.choose(num_decoding, will_be_timed=self.scheduler.only_decodes)
+        if policy is not None:
+            num_decoding = self.scheduler.num_decoding
+            will_be_timed = num_decoding > 0 and self.scheduler.only_decodes
+            num_drafts = policy.choose(max(num_decoding, 1), will_be_timed=will_be_timed)
         extends = self.scheduler.schedule(num_drafts)
         if not extends:
             return []
         started = time.perf_counter()
         decisions = self._cycle.run(extends)
         if policy is not None:
-            _tell(policy, extends, decisions, time.perf_counter() - started)
+            _tell_time(policy, extends, decisions, time.perf_counter() - started)
         outputs = []
         for extend, decision in zip(extends, decisions, strict=True):
             is_first = extend.seq.num_output == 0
             kept = self.scheduler.commit(extend, decision)
             self._counters.count(extend, decision, kept, is_first=is_first)
+            if policy is not None and extend.num_drafts:
+                # Drafts beyond the end of a request were accepted for nothing.
+                policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
             if kept:
                 step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
                 outputs.append(self._output(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
@@ -279,16 +282,21 @@ class Engine:
         }
 
 
-def _tell(policy: DraftLengthPolicy, extends: list[Extend], decisions: list[Decision], seconds: float) -> None:
-    """What the policy can learn from a step: always acceptance, and its cost if every sequence did the same."""
-    policy.observe_acceptance(
-        (extend.num_drafts, decision.num_accepted)
-        for extend, decision in zip(extends, decisions, strict=True)
-        if extend.num_drafts
-    )
+def _tell_time(policy: DraftLengthPolicy, extends: list[Extend], decisions: list[Decision], seconds: float) -> None:
+    """What the policy can learn from a step's length, if every sequence did the same.
+
+    Called before the scheduler takes the decisions in.
+    """
     num_drafts = extends[0].num_drafts
-    if all(extend.num_tokens == 1 and extend.decides and extend.num_drafts == num_drafts for extend in extends):
+    if not all(extend.num_tokens == 1 and extend.decides and extend.num_drafts == num_drafts for extend in extends):
+        return
+    if num_drafts or all(
+        decision.num_draft_computed == extend.seq.num_draft_computed
+        for extend, decision in zip(extends, decisions, strict=True)
+    ):
         policy.observe(len(extends), num_drafts, seconds)
+    else:
+        policy.observe_catching_up(len(extends), seconds)
 
 
 class _Counters:

@@ -76,6 +76,17 @@ def make_chain_batches(
     return [ExtendBatch(at, where, replace(last, starts=at)) for at, where in zip(*both.unbind(), strict=True)]
 
 
+def slots_of(positions: range, pages: Sequence[int], page_size: int) -> list[int]:
+    """page · page_size + offset of a sequence's positions. pages: its pages, enough for them."""
+    slots: list[int] = []
+    for page in range(positions.start // page_size, -(-positions.stop // page_size)):
+        moved = (pages[page] - page) * page_size  # slots of one page are adjacent
+        slots += range(
+            moved + max(positions.start, page * page_size), moved + min(positions.stop, (page + 1) * page_size)
+        )
+    return slots
+
+
 def place_tokens(
     spans: Sequence[tuple[int, int]], page_tables: Sequence[Sequence[int]], page_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,11 +94,7 @@ def place_tokens(
     positions: list[int] = []
     slots: list[int] = []
     for (start, length), pages in zip(spans, page_tables, strict=True):
-        end = start + length
-        positions += range(start, end)
-        for page in range(start // page_size, -(-end // page_size)):
-            # Slots of one page are adjacent.
-            moved = (pages[page] - page) * page_size
-            slots += range(moved + max(start, page * page_size), moved + min(end, (page + 1) * page_size))
+        positions += range(start, start + length)
+        slots += slots_of(range(start, start + length), pages, page_size)
     both = torch.tensor(positions + slots, device=device)
     return both[: len(positions)], both[len(positions) :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from nextn.scheduler.prefix_cache import PrefixCache
 from nextn.scheduler.sequence import Sequence
 
@@ -41,7 +43,8 @@ class KVPages:
         self.cache.acquire(nodes)
         seq.nodes = nodes
         seq.pages = [node.page for node in nodes]
-        seq.num_computed = seq.num_draft_computed = len(nodes) * self.page_size
+        seq.num_computed = len(nodes) * self.page_size
+        seq.num_draft_computed = sum(1 for _ in takewhile(lambda node: node.has_draft, nodes)) * self.page_size
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all; False (and nothing changed) when there is none."""
@@ -56,14 +59,14 @@ class KVPages:
         return True
 
     def publish(self, seq: Sequence) -> None:
-        """Put the pages that are computed in all layers, the draft's included, into the prefix cache for others.
+        """Put the pages that the target has computed into the prefix cache, where others find them.
 
         Where an equal page is there already, the sequence takes that one and its own becomes free.
         """
         if not self._enable_prefix_cache:
             return
         size = self.page_size
-        while (len(seq.nodes) + 1) * size <= min(seq.num_computed, seq.num_draft_computed):
+        while (len(seq.nodes) + 1) * size <= seq.num_computed:
             index = len(seq.nodes)
             key = tuple(seq.tokens[index * size : (index + 1) * size])
             page = seq.pages[index]
@@ -71,8 +74,15 @@ class KVPages:
             if node.page != page:
                 self._free.append(page)
                 seq.pages[index] = node.page
+                if not node.has_draft:
+                    seq.num_draft_computed = min(seq.num_draft_computed, index * size)
             self.cache.acquire([node])
             seq.nodes.append(node)
+        num_with_draft = seq.num_draft_computed // size
+        for node in reversed(seq.nodes[:num_with_draft]):
+            if node.has_draft:
+                break
+            node.has_draft = True
 
     def release(self, seq: Sequence) -> None:
         """Take all pages back: private ones become free, cached ones lose the sequence's reference."""

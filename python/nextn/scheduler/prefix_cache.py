@@ -8,14 +8,18 @@ references stay until memory is needed, and go least recently used first, leaves
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
 class CacheNode:
-    """One cached page. ``last_used`` is a logical clock value."""
+    """One cached page.
 
-    __slots__ = ("alive", "children", "key", "last_used", "page", "parent", "ref_count")
+    has_draft: the draft layer's entries are there too
+    last_used: a logical clock value
+    """
+
+    __slots__ = ("alive", "children", "has_draft", "key", "last_used", "page", "parent", "ref_count")
 
     def __init__(self, parent: CacheNode | None, key: tuple[int, ...], page: int) -> None:
         self.parent = parent
@@ -25,6 +29,7 @@ class CacheNode:
         self.ref_count = 0
         self.last_used = 0
         self.alive = True
+        self.has_draft = False
 
 
 class _Candidate(NamedTuple):
@@ -112,14 +117,19 @@ class PrefixCache:
             self._order += 1
             heapq.heappush(self._candidates, _Candidate(node.last_used, self._order, node))
 
-    def pages_with_references(self) -> dict[int, int]:
-        """Page → reference count, over the whole tree; for checks."""
-        found: dict[int, int] = {}
+    def nodes(self) -> Iterator[CacheNode]:
+        """All cached pages, parents before children; for checks."""
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())
             if node.parent is not None:
-                assert node.page not in found, "a page stands twice in the prefix cache"
-                found[node.page] = node.ref_count
+                yield node
+
+    def pages_with_references(self) -> dict[int, int]:
+        """Page → reference count, over the whole tree; for checks."""
+        found: dict[int, int] = {}
+        for node in self.nodes():
+            assert node.page not in found, "a page stands twice in the prefix cache"
+            found[node.page] = node.ref_count
         return found

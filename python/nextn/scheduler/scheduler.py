@@ -15,6 +15,9 @@ from nextn.protocol.messages import AddRequest, TokenLogprobs
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.sequence import Sequence, Status
 
+MAX_LAG = 16
+"""A sequence whose draft entries are further behind catches up first, in a step of its own."""
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -36,6 +39,7 @@ class Extend(NamedTuple):
     """What one sequence computes in a step: tokens[start : start + num_tokens], then ``num_drafts`` drafts.
 
     decides: the rows from the last known token on choose new tokens
+    wants_drafts: whether drafts are made for the sequence at all these days, so that the draft layer should keep up
     """
 
     seq: Sequence
@@ -43,6 +47,7 @@ class Extend(NamedTuple):
     num_tokens: int
     num_drafts: int
     decides: bool
+    wants_drafts: bool
 
     @property
     def end(self) -> int:
@@ -139,29 +144,30 @@ class Scheduler:
             if extend is not None:
                 extends.append(extend)
                 budget -= 0 if seq.is_decoding else extend.num_tokens
-        return extends if preempted else extends + self._admit(budget)
+        return extends if preempted else extends + self._admit(budget, num_drafts)
 
     def _plan(self, seq: Sequence, budget: int, num_drafts: int | None = None) -> Extend | None:
+        wanted = self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
         if seq.is_decoding:
-            wanted = self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
-            drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0)
-            return Extend(seq, seq.num_computed, 1, drafts, decides=True)
+            can_draft = seq.needs_fixed_drafts or seq.num_computed - seq.num_draft_computed <= MAX_LAG
+            drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0) if can_draft else 0
+            return Extend(seq, seq.num_computed, 1, drafts, decides=True, wants_drafts=wanted > 0)
         num_tokens = min(budget, seq.compute_target - seq.num_computed)
         if num_tokens <= 0:
             return None
         decides = seq.num_output == 0 and seq.num_computed + num_tokens == len(seq.tokens)
-        return Extend(seq, seq.num_computed, num_tokens, 0, decides)
+        return Extend(seq, seq.num_computed, num_tokens, 0, decides, wants_drafts=wanted > 0)
 
     def _make_room(self, extend: Extend) -> bool:
         """Pages for the tokens to compute and the drafts."""
         return self.pages.grow(extend.seq, extend.end + extend.num_drafts)
 
-    def _admit(self, budget: int) -> list[Extend]:
+    def _admit(self, budget: int, num_drafts: int | None) -> list[Extend]:
         admitted: list[Extend] = []
         while self.waiting and self._free_slots and budget > 0:
             seq = self.waiting[0]
             self.pages.attach_prefix(seq, self._max_prefix(seq))
-            extend = self._plan(seq, budget)
+            extend = self._plan(seq, budget, num_drafts)
             missing = self.pages.pages_for(len(seq.tokens) + 1) - len(seq.pages)
             if extend is None or missing > self.pages.num_available or not self._make_room(extend):
                 self.pages.release(seq)
@@ -205,8 +211,8 @@ class Scheduler:
             seq.prompt_logprobs.extend(decision.prompt_logprobs)
         kept = seq.append(decision.tokens)
         seq.num_computed = extend.end if not extend.decides else len(seq.tokens) - 1
-        num_draft_computed = decision.num_draft_computed
-        seq.num_draft_computed = seq.num_computed if num_draft_computed is None else num_draft_computed
+        done = decision.num_draft_computed
+        seq.num_draft_computed = seq.num_computed if done is None else done
         if extend.decides:
             seq.num_verify_passes += 1
             seq.num_drafted += extend.num_drafts

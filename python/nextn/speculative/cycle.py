@@ -47,8 +47,7 @@ class SpeculativeCycle:
         hidden = self._run_target(extends, chains)
         num_draft_computed: list[int] | None = None
         if self._proposer is not None:
-            self._proposer.hidden_states.store(extends, hidden)
-            num_draft_computed = self._proposer.catch_up(extends, hidden)
+            num_draft_computed = self._proposer.catch_up(extends)
         return self._decide(extends, chains, drafts, hidden, num_draft_computed)
 
     @staticmethod
@@ -68,7 +67,10 @@ class SpeculativeCycle:
             self._page_size,
             self._device,
         )
-        return self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
+        hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
+        if self._proposer is not None:
+            self._proposer.store_hidden(batch.slot_mapping, hidden)
+        return hidden
 
     def _decide(
         self,

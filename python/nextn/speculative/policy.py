@@ -8,7 +8,6 @@ dearer the try, the rarer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import accumulate
 from operator import mul
 
@@ -24,6 +23,9 @@ PROBE_SHARE = 0.005
 MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 512
 """Steps between two tries, at least and at most."""
 
+MAX_PROBE_TRIES = 8
+"""Steps after which a try is given up that could not be timed, because not all sequences drafted alike."""
+
 COST_MEMORY = 0.1
 RATE_MEMORY = 0.005
 """Weights of one new observation in the running means of a step's seconds and of an acceptance."""
@@ -31,6 +33,9 @@ RATE_MEMORY = 0.005
 FIRST_GUESS = 0.7
 GUESS_WEIGHT = 4
 """A position's acceptance is guessed to be the previous one's; the guess counts as much as so many observations."""
+
+MIN_GAIN = 1.04
+"""Drafting must promise this much: besides what decode steps show, it costs the draft entries of all prompts."""
 
 OUTLIER = 3.0
 """A step this many times as long as usual was held up by something else; its length counts as this at most."""
@@ -46,6 +51,9 @@ class DraftLengthPolicy:
         self._costs: dict[int, _StepCosts] = {}
         self._steps_until_probe = MIN_PROBE_GAP
         self._num_probes = 0
+        self._probing: int | None = None
+        self._probe_tries = 0
+        self._seconds_of_probe = 0.0
 
     @property
     def acceptance(self) -> list[float]:
@@ -69,40 +77,61 @@ class DraftLengthPolicy:
         # Where nothing is known, everything is tried; where a similar batch is, none at all and what looks best.
         if not will_be_timed:
             return best
+        if self._probing is not None:
+            self._probe_tries -= 1
+            if self._probe_tries > 0:
+                return self._probing
+            self._probing, self._steps_until_probe = None, MAX_PROBE_GAP
         untried = [k for k in ((0, best) if costs.guess else range(self.max_drafts, -1, -1)) if not costs.trusts(k)]
         if untried:
             return untried[0]
         if self._steps_until_probe <= 0:
-            return self._probe(costs, best)
+            return self._probe(best)
         costs.chosen, costs.steps_until_review = best, REVIEW_EVERY - 1
         return best
 
     def best(self, num_seqs: int) -> int:
-        """The k with the most expected tokens per second, as far as known; ties go to fewer drafts."""
+        """The k with the most expected tokens per second, as far as known; none, if drafting hardly gains."""
         costs, yields = self._costs_at(num_seqs), self._expected_tokens()
-        return max(range(self.max_drafts + 1), key=lambda k: yields[k] / costs.estimate(k))
+        speeds = [tokens / costs.estimate(k) for k, tokens in enumerate(yields)]
+        speeds[0] *= MIN_GAIN
+        return speeds.index(max(speeds))
 
     def observe(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """Record what a step of decoding sequences took that all drafted ``num_drafts`` tokens."""
         self._costs_at(num_seqs).update(num_drafts, seconds)
+        if num_drafts == self._probing:
+            self._end_probe(num_seqs, seconds)
 
-    def observe_acceptance(self, outcomes: Iterable[tuple[int, int]]) -> None:
-        """outcomes: (drafted, accepted) of each verified chain."""
-        for drafted, accepted in outcomes:
-            for j in range(min(accepted + 1, drafted, self.max_drafts)):
-                self._num_seen[j] += 1
-                weight = max(RATE_MEMORY, 1 / self._num_seen[j])
-                self._accepted[j] += weight * ((j < accepted) - self._accepted[j])
+    def observe_catching_up(self, num_seqs: int, seconds: float) -> None:
+        """Record a step that drafted nothing, but made the draft layer ready to."""
+        if self._probing is not None:
+            self._seconds_of_probe += seconds - self._costs_at(num_seqs).estimate(0)
 
-    def _probe(self, costs: _StepCosts, best: int) -> int:
-        """Another k: none at all, or a neighbour of the best. What the try loses sets when the next may come."""
+    def observe_acceptance(self, drafted: int, accepted: int) -> None:
+        """Record a verified chain."""
+        for j in range(min(accepted + 1, drafted, self.max_drafts)):
+            self._num_seen[j] += 1
+            weight = max(RATE_MEMORY, 1 / self._num_seen[j])
+            self._accepted[j] += weight * ((j < accepted) - self._accepted[j])
+
+    def _probe(self, best: int) -> int:
+        """Another k, until a step with it has been timed: none at all, or a neighbour of the best."""
         self._num_probes += 1
         others = [k for k in (best + 1, best - 1, 0) if 0 <= k <= self.max_drafts and k != best]
-        k = others[self._num_probes % len(others)]
-        yields = self._expected_tokens()
-        lost = costs.estimate(k) / costs.estimate(best) - yields[k] / yields[best]
+        self._probing = others[self._num_probes % len(others)]
+        self._probe_tries = MAX_PROBE_TRIES
+        self._seconds_of_probe = 0.0
+        return self._probing
+
+    def _end_probe(self, num_seqs: int, seconds: float) -> None:
+        """What the probe lost sets when the next may come."""
+        assert self._probing is not None, "there is a probe to end"
+        best, yields = self.best(num_seqs), self._expected_tokens()
+        usual = self._costs_at(num_seqs).estimate(best)
+        lost = (self._seconds_of_probe + seconds) / usual - yields[self._probing] / yields[best]
         self._steps_until_probe = max(MIN_PROBE_GAP, min(MAX_PROBE_GAP, int(lost / PROBE_SHARE)))
-        return k
+        self._probing = None
 
     def _expected_tokens(self) -> list[float]:
         """Per sequence, of a step that drafts 0, 1, … tokens."""

@@ -1,12 +1,12 @@
-"""The NextN layer as a drafter: it keeps up with what was decided, and proposes a chain of tokens.
+"""The NextN layer as a drafter: it proposes a chain of tokens, and makes its entries of what was decided.
 
 The layer's entry for position i is made of the target's hidden state at i - 1 and the token at i, and is stored in slot
 i of the KV pool's last layer (GLM-4.5 technical report; DeepSeek-V3, section 2.2). So an entry depends on nothing to
 its right, and a page of the prefix cache holds draft entries that are valid for whatever follows it. Slot 0 has no
 entry, and attention starts at key 1.
 
-A sequence's entries may lag behind its tokens (``Sequence.num_draft_computed``): a prompt chunk's are made with it,
-those of decided tokens when drafts next start from them. Of all but the newest only the key and value are needed.
+Hidden states are kept by slot like keys and values, so entries can be made at any later time, by whichever sequence
+needs them: where nothing is drafted, they are not made. Of all but the newest only the key and value are needed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from itertools import accumulate
 
 import torch
 
-from nextn.layers.batch import ExtendBatch, make_chain_batches, place_tokens
+from nextn.layers.batch import ExtendBatch, make_chain_batches, slots_of
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
 from nextn.scheduler.scheduler import Extend
 from nextn.scheduler.sequence import Sequence
-from nextn.speculative.hidden_states import HiddenStates
 from nextn.speculative.logits import Row
 
 FIRST_KEY = 1
 """The first slot that holds an entry of the draft layer."""
 
-MAX_MISSING = 48
-"""Entries that a sequence may lack while nothing is drafted for it; then they are made, all sequences' in one go."""
+MAX_CATCH_UP = 2048
+"""Entries made in one step, at most, for sequences that lag behind their tokens."""
 
 ChooseTokens = Callable[[torch.Tensor, list[Row]], tuple[torch.Tensor, torch.Tensor | None]]
 """(logits [R, V], rows) → tokens [R] int64, and the probabilities [R, V] they were drawn from (None if all greedy)."""
@@ -48,27 +47,37 @@ class Drafts:
 
 
 class NextNProposer:
-    """Runs the draft model over the engine's KV pool, and owns the hidden states that it needs between steps."""
+    """Runs the draft model over the engine's KV pool.
 
-    def __init__(self, draft: Glm4MoeForCausalLMNextN, kv_cache: KVCache, *, max_running: int, page_size: int) -> None:
+    hidden: [num_pages · page_size, H], the target's hidden state of each slot
+    """
+
+    def __init__(self, draft: Glm4MoeForCausalLMNextN, kv_cache: KVCache) -> None:
         self._draft = draft
         self._kv_cache = kv_cache
-        self._page_size = page_size
+        self._page_size = kv_cache.page_size
         self._device = kv_cache.k.device
-        like = torch.empty(draft.config.hidden_size, dtype=draft.dtype, device=self._device)
-        self.hidden_states = HiddenStates(kv_cache.k.shape[1], page_size, max_running, like)
+        num_slots = kv_cache.k.shape[1] * kv_cache.page_size
+        self._hidden = torch.zeros(num_slots, draft.config.hidden_size, dtype=draft.dtype, device=self._device)
+
+    def store_hidden(self, slot_mapping: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Keep the target's hidden states. slot_mapping: [T] int64; hidden: [T, H]."""
+        self._hidden.index_copy_(0, slot_mapping, hidden)
 
     def propose(self, extends: list[Extend], choose: ChooseTokens) -> Drafts:
         """Draft ``num_drafts`` ≥ 1 tokens for each extend, feeding the head its own normed output."""
         tokens: list[list[int]] = [[] for _ in extends]
         all_probs: torch.Tensor | None = None
         active = list(range(len(extends)))
-        ids, hidden, first = self._newest_entries([extend.seq for extend in extends])
+        spans = [(extend.seq, max(extend.seq.num_draft_computed, FIRST_KEY), extend.end) for extend in extends]
+        ids, hidden, positions, slots = self._entries(spans)
         step = 0
         while active:
             until = min(extends[i].num_drafts for i in active)
             for batch in self._chain([extends[i] for i in active], step, until):
-                hidden = self._draft.forward(ids, hidden, batch if step else first(batch), self._kv_cache)
+                if step == 0 and len(ids) > len(extends):
+                    batch = ExtendBatch(positions, slots, batch.layout, self._last_rows(spans))
+                hidden = self._draft.forward(ids, hidden, batch, self._kv_cache)
                 logits = self._draft.compute_logits(hidden)
                 ids, probs = choose(logits, [Row(extends[i].seq, tokens[i]) for i in active])
                 for i, token in zip(active, ids.tolist(), strict=True):
@@ -84,66 +93,55 @@ class NextNProposer:
             active = [active[row] for row in rows]
         return Drafts(tokens, all_probs)
 
-    def catch_up(self, extends: list[Extend], hidden: torch.Tensor) -> list[int]:
-        """Make the entries of prompt chunks, and of decided tokens where too many are missing.
+    def catch_up(self, extends: list[Extend]) -> list[int]:
+        """Make the entries of prompt chunks, and of sequences that lag behind, where drafts are wanted.
 
-        hidden: [T, H] the target's hidden states, num_tokens + num_drafts rows per extend
         Returns each sequence's new ``num_draft_computed``.
         """
-        # Before drafting, a sequence has caught up with all its tokens.
-        done = [extend.end if extend.num_drafts else extend.seq.num_draft_computed for extend in extends]
-        is_due = any(extend.end - so_far >= MAX_MISSING for extend, so_far in zip(extends, done, strict=True))
-        spans: list[tuple[int, int]] = []
-        ids: list[int] = []
-        pages: list[list[int]] = []
-        rows: list[int] = []  # of ``hidden``; where the state is older than this step, any
-        kept: list[int] = []
-        homes: list[int] = []
-        row = 0
-        for i, extend in enumerate(extends):
-            seq, first = extend.seq, max(done[i], FIRST_KEY)
-            if (is_due or extend.num_tokens > 1) and first < extend.end:
-                older = range(first - 1, max(extend.start, first - 1))
-                kept += range(len(ids), len(ids) + len(older))
-                homes += self.hidden_states.homes(seq, older)
-                rows += [row] * len(older)
-                rows += range(row + older.stop - extend.start, row + extend.num_tokens - 1)
-                ids += seq.tokens[first : extend.end]
-                spans.append((first, extend.end - first))
-                pages.append(seq.pages)
-                done[i] = extend.end
-            row += extend.num_tokens + extend.num_drafts
-        if ids:
-            if len(kept) == len(ids):
-                inputs = self.hidden_states.load(homes)
-            else:
-                inputs = hidden.index_select(0, self._indices(rows))
-                inputs.index_copy_(0, self._indices(kept), self.hidden_states.load(homes))
-            positions, slot_mapping = place_tokens(spans, pages, self._page_size, self._device)
-            self._draft.write_kv(self._indices(ids), inputs, positions, slot_mapping, self._kv_cache)
+        done: list[int] = []
+        spans: list[tuple[Sequence, int, int]] = []
+        budget = MAX_CATCH_UP
+        for extend in extends:
+            seq = extend.seq
+            # Drafting begins with an entry of the last known token.
+            num_computed = extend.end if extend.num_drafts else seq.num_draft_computed
+            if extend.wants_drafts and num_computed < extend.end:
+                # A prompt chunk is bounded already.
+                stop = extend.end if extend.num_tokens > 1 else min(extend.end, num_computed + budget)
+                budget -= 0 if extend.num_tokens > 1 else stop - num_computed
+                if stop > max(num_computed, FIRST_KEY):
+                    spans.append((seq, max(num_computed, FIRST_KEY), stop))
+                num_computed = stop
+            done.append(num_computed)
+        if spans:
+            ids, hidden, positions, slots = self._entries(spans)
+            self._draft.write_kv(ids, hidden, positions, slots, self._kv_cache)
         return done
 
-    def _newest_entries(
-        self, seqs: list[Sequence]
-    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[ExtendBatch], ExtendBatch]]:
-        """Inputs of every entry that is missing, the newest last: its output is what drafts start from.
+    def _entries(
+        self, spans: list[tuple[Sequence, int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the entries of positions start … stop - 1 are made of, for each (sequence, start ≥ 1, stop).
 
-        Returns token ids [T], hidden states [T, H], and what makes of the newest entries' batch that of all.
+        Returns token ids [T], hidden states [T, H], positions [T] and slots [T].
         """
         ids: list[int] = []
-        homes: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for seq in seqs:
-            first, end = max(seq.num_draft_computed, FIRST_KEY), len(seq.tokens)
-            ids += seq.tokens[first:]
-            homes += self.hidden_states.homes(seq, range(first - 1, end - 1))
-            spans.append((first, end - first))
-        inputs = self._indices(ids), self.hidden_states.load(homes)
-        if len(ids) == len(seqs):
-            return *inputs, lambda newest: newest
-        positions, slot_mapping = place_tokens(spans, [seq.pages for seq in seqs], self._page_size, self._device)
-        rows = self._indices([end - 1 for end in accumulate(length for _, length in spans)])
-        return *inputs, lambda newest: ExtendBatch(positions, slot_mapping, newest.layout, rows)
+        sources: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for seq, start, stop in spans:
+            of_all = slots_of(range(start - 1, stop), seq.pages, self._page_size)
+            ids += seq.tokens[start:stop]
+            sources += of_all[:-1]
+            positions += range(start, stop)
+            slots += of_all[1:]
+        rows = torch.tensor(ids + sources + positions + slots, device=self._device).view(4, -1)
+        return rows[0], self._hidden.index_select(0, rows[1]), rows[2], rows[3]
+
+    def _last_rows(self, spans: list[tuple[Sequence, int, int]]) -> torch.Tensor:
+        """Of each span among the entries of all."""
+        ends = accumulate(stop - start for _, start, stop in spans)
+        return torch.tensor([end - 1 for end in ends], device=self._device)
 
     def _chain(self, extends: list[Extend], step: int, until: int) -> list[ExtendBatch]:
         """The batches of draft steps ``step`` … ``until`` - 1."""
@@ -155,6 +153,3 @@ class NextNProposer:
             self._device,
             first_key=FIRST_KEY,
         )
-
-    def _indices(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
