@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from nextn.demo.corpus.package_text import SOURCES
-from nextn.demo.evaluate import as_table, categories_table
+from nextn.demo.evaluate import NUM_DRAFTS, as_table, categories_table
 
 _CARD = """\
 ---
@@ -107,7 +107,6 @@ def model_card(
     summary: dict[str, Any],
     training: list[dict[str, Any]],
     notes: str = "",
-    num_drafts: int = 3,
 ) -> str:
     """The card's text.
 
@@ -117,7 +116,7 @@ def model_card(
     return _CARD.format(
         shape=_shape_table(config, num_bytes),
         layer=config["num_hidden_layers"],
-        num_drafts=num_drafts,
+        num_drafts=NUM_DRAFTS,
         notes=textwrap.fill(notes, 120) + "\n\n" if notes else "",
         parts=as_table(summary),
         quiz=categories_table(summary, "quiz"),

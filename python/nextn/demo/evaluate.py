@@ -10,6 +10,8 @@ from nextn.demo.quiz import Item, held_out_items
 from nextn.llm import LLM, SamplingParams
 
 MAX_NEW_TOKENS = 192
+NUM_DRAFTS = 3
+"""Per verify pass, fixed: the accept length says how good the layer is, not what the policy makes of it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Ask everything and sum it up. model_path None is the embedded checkpoint."""
     items = held_out_items(seed, num_quiz, num_tools, num_open)
-    llm = LLM(model_path=None if model_path is None else str(model_path))
+    path = None if model_path is None else str(model_path)
+    llm = LLM(model_path=path, speculative_num_steps=NUM_DRAFTS)
     answers = ask(llm, items)
     return summarize(answers), answers
 
