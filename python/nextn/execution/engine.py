@@ -13,14 +13,16 @@ import torch
 from nextn.checkpoint.loader import load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import RequestError
+from nextn.execution.counters import Counters
 from nextn.execution.memory import kv_bytes_per_token, make_kv_cache, num_pages_for
-from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep, TokenLogprobs
-from nextn.protocol.sampling import TokenSampling
+from nextn.execution.outputs import check_request, output_of, refusal
+from nextn.execution.rehearsal import warm_up
+from nextn.execution.step import run_step
+from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
-from nextn.scheduler.scheduler import Decision, Extend, Scheduler, SchedulerConfig
-from nextn.scheduler.sequence import Sequence
+from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
 from nextn.speculative.cycle import SpeculativeCycle
-from nextn.speculative.policy import TRIES_AT_FIRST, DraftLengthPolicy
+from nextn.speculative.policy import DraftLengthPolicy
 from nextn.speculative.proposer import NextNProposer
 
 DEFAULT_NUM_DRAFT_STEPS = 3
@@ -28,9 +30,6 @@ DEFAULT_NUM_DRAFT_STEPS = 3
 
 MAX_NUM_DRAFT_STEPS = 5
 """The most that the policy tries."""
-
-WARM_UP_TOKENS = TRIES_AT_FIRST * (MAX_NUM_DRAFT_STEPS + 1) * (MAX_NUM_DRAFT_STEPS + 2)
-"""Enough for a try of every number of drafts, were all of them accepted."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +92,15 @@ class Engine:
             ),
             KVPages(num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
         )
-        self._counters = _Counters(self.max_draft_steps)
-        self._warm_up()
+        self._counters = Counters(self.max_draft_steps)
+        warm_up(
+            self.scheduler,
+            self._cycle,
+            self._policy,
+            vocab_size=self.vocab_size,
+            page_size=config.page_size,
+            context_length=self.context_length,
+        )
         self.load_seconds = time.monotonic() - started
         logger.info(
             "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
@@ -106,27 +112,6 @@ class Engine:
             self.load_seconds,
         )
 
-    def _warm_up(self) -> None:
-        """Run a short request through every part, so that the first user does not pay for lazy initialisation.
-
-        It is as long as the policy needs to time every number of drafts.
-        """
-        prompt = [i % self.vocab_size for i in range(self.config.page_size)]
-        new_tokens = min(8 if self._policy is None else WARM_UP_TOKENS, self.context_length - len(prompt))
-        if new_tokens > 0:
-            self.add(
-                AddRequest(
-                    rid="warm-up",
-                    input_ids=prompt,
-                    sampling=TokenSampling(max_new_tokens=new_tokens, seed=0, temperature=0.0, ignore_eos=True),
-                )
-            )
-        while self.has_work:
-            self.step()
-        self.scheduler.pages.flush()
-        self._counters = _Counters(self.max_draft_steps)
-        self.scheduler.num_preemptions = 0
-
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -134,109 +119,38 @@ class Engine:
     def add(self, request: AddRequest) -> RequestOutput | None:
         """Queue a request. Returns its terminal output at once if it is refused, else None."""
         try:
-            self._validate(request)
+            if request.rid in self.scheduler:
+                raise RequestError(f"rid: {request.rid!r} is in use by a running request; choose another", "rid")
+            check_request(request, context_length=self.context_length, vocab_size=self.vocab_size)
         except RequestError as error:
-            return self._refusal(request, "invalid", str(error))
+            return refusal(request, "invalid", str(error))
         if self.scheduler.is_full:
             limit = self.config.max_queued_requests
-            return self._refusal(request, "queue_full", f"{limit} requests are queued already; try again later")
+            return refusal(request, "queue_full", f"{limit} requests are queued already; try again later")
         self.scheduler.add(request)
         return None
-
-    def _validate(self, request: AddRequest) -> None:
-        num_prompt, sampling = len(request.input_ids), request.sampling
-        if request.rid in self.scheduler:
-            raise RequestError(f"rid: {request.rid!r} is in use by a running request; choose another", "rid")
-        if num_prompt == 0:
-            raise RequestError("input_ids: the prompt is empty; give at least one token", "input_ids")
-        if sampling.max_new_tokens < 1:
-            raise RequestError(
-                f"max_new_tokens: found {sampling.max_new_tokens}, expected at least 1", "max_new_tokens"
-            )
-        if num_prompt + 1 > self.context_length:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens; the context of {self.context_length} leaves no room to generate",
-                "input_ids",
-                "context_length_exceeded",
-            )
-        ids = (*request.input_ids, *sampling.logit_bias, *sampling.stop_token_ids)
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.vocab_size}", "input_ids")
-
-    @staticmethod
-    def _refusal(request: AddRequest, kind: str, message: str) -> RequestOutput:
-        return RequestOutput(
-            rid=request.rid,
-            token_ids=[],
-            prompt_tokens=len(request.input_ids),
-            completion_tokens=0,
-            finish_reason="error",
-            error=message,
-            error_kind=kind,
-        )
 
     def abort(self, rid: str | None) -> list[RequestOutput]:
         """End one request, or all with None. Its pages are free when this returns. Returns the terminal outputs."""
         rids = [seq.request.rid for seq in self.scheduler.sequences] if rid is None else [rid]
         aborted = [seq for seq in map(self.scheduler.abort, rids) if seq is not None]
         self._counters.num_aborted += len(aborted)
-        return [self._output(seq, [], [], None) for seq in aborted]
+        return [output_of(seq, [], [], None) for seq in aborted]
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
-        policy, num_drafts = self._policy, None
-        if policy is not None:
-            num_decoding = self.scheduler.num_decoding
-            will_be_timed = num_decoding > 0 and self.scheduler.only_decodes
-            num_drafts = policy.choose(max(num_decoding, 1), will_be_timed=will_be_timed)
-        extends = self.scheduler.schedule(num_drafts)
-        if not extends:
-            return []
-        started = time.perf_counter()
-        decisions = self._cycle.run(extends)
-        if policy is not None:
-            _tell_time(policy, extends, decisions, time.perf_counter() - started)
+        steps = run_step(self.scheduler, self._cycle, self._policy)
         outputs = []
-        for extend, decision in zip(extends, decisions, strict=True):
-            is_first = extend.seq.num_output == 0
-            kept = self.scheduler.commit(extend, decision)
+        for extend, decision, kept, is_first in steps:
             self._counters.count(extend, decision, kept, is_first=is_first)
             if policy is not None and extend.num_drafts:
                 # Drafts beyond the end of a request were accepted for nothing.
                 policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
             if kept:
                 step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
-                outputs.append(self._output(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
-        self._counters.num_steps += 1
+                outputs.append(output_of(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
+        self._counters.num_steps += bool(steps)
         return outputs
-
-    @staticmethod
-    def _output(
-        seq: Sequence,
-        tokens: list[int],
-        spec_steps: list[SpecStep],
-        logprobs: list[TokenLogprobs] | None,
-        *,
-        is_first: bool = False,
-    ) -> RequestOutput:
-        return RequestOutput(
-            rid=seq.request.rid,
-            token_ids=tokens,
-            prompt_tokens=seq.num_prompt,
-            completion_tokens=seq.num_output,
-            cached_tokens=seq.cached_tokens or 0,
-            logprobs=logprobs[: len(tokens)] if logprobs is not None else None,
-            prompt_logprobs=seq.prompt_logprobs if is_first else None,
-            finish_reason=seq.finish_reason,
-            stop_token_id=seq.stop_token_id,
-            error="the request was aborted" if seq.finish_reason == "abort" else None,
-            spec_verify_ct=seq.num_verify_passes,
-            num_drafted=seq.num_drafted,
-            num_accepted=seq.num_accepted,
-            spec_steps=spec_steps,
-            queue_time=(seq.first_scheduled_time or time.monotonic()) - seq.arrival_time,
-        )
 
     def flush_cache(self) -> int:
         """Drop every cached prefix that no request uses; returns the number of pages freed."""
@@ -280,51 +194,6 @@ class Engine:
             "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),
         }
-
-
-def _tell_time(policy: DraftLengthPolicy, extends: list[Extend], decisions: list[Decision], seconds: float) -> None:
-    """What the policy can learn from a step's length, if every sequence did the same.
-
-    Called before the scheduler takes the decisions in.
-    """
-    num_drafts = extends[0].num_drafts
-    if not all(extend.num_tokens == 1 and extend.decides and extend.num_drafts == num_drafts for extend in extends):
-        return
-    if num_drafts or all(
-        decision.num_draft_computed == extend.seq.num_draft_computed
-        for extend, decision in zip(extends, decisions, strict=True)
-    ):
-        policy.observe(len(extends), num_drafts, seconds)
-    else:
-        policy.observe_catching_up(len(extends), seconds)
-
-
-class _Counters:
-    """Totals since start. A verify pass counts for speculation only if it had drafts to verify."""
-
-    def __init__(self, num_drafts: int) -> None:
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.generation_tokens = 0
-        self.num_steps = 0
-        self.num_aborted = 0
-        self.num_finished = 0
-        self.num_verify_passes = 0
-        self.drafted = [0] * num_drafts
-        self.accepted = [0] * num_drafts
-
-    def count(self, extend: Extend, decision: Decision, kept: list[int], *, is_first: bool) -> None:
-        seq = extend.seq
-        if is_first and kept:
-            self.prompt_tokens += seq.num_prompt
-            self.cached_tokens += seq.cached_tokens or 0
-        self.generation_tokens += len(kept)
-        self.num_finished += seq.finish_reason is not None
-        if extend.num_drafts:
-            self.num_verify_passes += 1
-            for j in range(extend.num_drafts):
-                self.drafted[j] += 1
-                self.accepted[j] += j < decision.num_accepted
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,0 +1,69 @@
+"""What the engine says about a request: its outputs, and why it is refused."""
+
+from __future__ import annotations
+
+import time
+
+from nextn.errors import RequestError
+from nextn.protocol.messages import AddRequest, RequestOutput, SpecStep, TokenLogprobs
+from nextn.scheduler.sequence import Sequence
+
+
+def output_of(
+    seq: Sequence,
+    tokens: list[int],
+    spec_steps: list[SpecStep],
+    logprobs: list[TokenLogprobs] | None,
+    *,
+    is_first: bool = False,
+) -> RequestOutput:
+    """The output of a step that gave ``tokens``, already part of ``seq``; none where the request was aborted."""
+    return RequestOutput(
+        rid=seq.request.rid,
+        token_ids=tokens,
+        prompt_tokens=seq.num_prompt,
+        completion_tokens=seq.num_output,
+        cached_tokens=seq.cached_tokens or 0,
+        logprobs=logprobs[: len(tokens)] if logprobs is not None else None,
+        prompt_logprobs=seq.prompt_logprobs if is_first else None,
+        finish_reason=seq.finish_reason,
+        stop_token_id=seq.stop_token_id,
+        error="the request was aborted" if seq.finish_reason == "abort" else None,
+        spec_verify_ct=seq.num_verify_passes,
+        num_drafted=seq.num_drafted,
+        num_accepted=seq.num_accepted,
+        spec_steps=spec_steps,
+        queue_time=(seq.first_scheduled_time or time.monotonic()) - seq.arrival_time,
+    )
+
+
+def refusal(request: AddRequest, kind: str, message: str) -> RequestOutput:
+    """The only output of a request that is not taken."""
+    return RequestOutput(
+        rid=request.rid,
+        token_ids=[],
+        prompt_tokens=len(request.input_ids),
+        completion_tokens=0,
+        finish_reason="error",
+        error=message,
+        error_kind=kind,
+    )
+
+
+def check_request(request: AddRequest, *, context_length: int, vocab_size: int) -> None:
+    """Raises RequestError if the request cannot be served, however long it waits."""
+    num_prompt, sampling = len(request.input_ids), request.sampling
+    if num_prompt == 0:
+        raise RequestError("input_ids: the prompt is empty; give at least one token", "input_ids")
+    if sampling.max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens: found {sampling.max_new_tokens}, expected at least 1", "max_new_tokens")
+    if num_prompt + 1 > context_length:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens; the context of {context_length} leaves no room to generate",
+            "input_ids",
+            "context_length_exceeded",
+        )
+    ids = (*request.input_ids, *sampling.logit_bias, *sampling.stop_token_ids)
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
+        raise RequestError(f"token id {bad} is outside the vocabulary of {vocab_size}", "input_ids")
