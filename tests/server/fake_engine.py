@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nextn.config.engine_config import EngineConfig
 from nextn.protocol.channel import EngineEnd
+from nextn.protocol.draft_health import DraftHealth
 from nextn.protocol.messages import (
     Abort,
     AddRequest,
@@ -50,6 +51,7 @@ class Behaviour:
     queue_limit: int | None = None
     die_after_tokens: int | None = None
     hang_after_tokens: int | None = None
+    draft_health: DraftHealth | None = None
     error_after_tokens: int | None = None
 
 
@@ -107,6 +109,8 @@ class FakeEngine:
                 load_seconds=self.behaviour.load_seconds,
             )
         )
+        if self.behaviour.draft_health is not None:
+            end.send(self.behaviour.draft_health)
         while not self.should_stop():
             outputs: list[RequestOutput] = []
             messages = end.receive(0 if self.running else 20)

@@ -113,9 +113,9 @@ def test_admin_endpoints_take_only_the_admin_key_where_one_is_set(make_app: AppF
 
 
 def samples(response: httpx.Response) -> dict[str, float]:
-    """Sample name (and position label) to value."""
+    """Sample name, with @ and the value of each label but a histogram's, to value."""
     return {
-        sample.name + (f"@{sample.labels['position']}" if "position" in sample.labels else ""): sample.value
+        "@".join([sample.name, *(value for label, value in sample.labels.items() if label != "le")]): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }

@@ -17,6 +17,8 @@ class EngineConfig:
     context_length: None takes max_position_embeddings
     max_total_tokens: KV slots in all; None picks a size from memory
     chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts
+    tokenizer_path: folder of the tokenizer that the canary's text is for; None is model_path
+    canary: what happens when the draft fails its trial at start; "off" has none
     num_draft_steps: drafts per step; None lets the policy choose 0 … 5 where the checkpoint has a NextN layer
     """
 
@@ -35,6 +37,8 @@ class EngineConfig:
     page_size: int = 16
     enable_prefix_cache: bool = True
     num_draft_steps: int | None = None
+    tokenizer_path: str | None = None
+    canary: Literal["warn", "fail", "off"] = "warn"
     random_seed: int = 0
 
     @property

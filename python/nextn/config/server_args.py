@@ -100,6 +100,9 @@ class ServerArgs:
         choices=(UNSET, "unquant", "compressed-tensors", "fp8"),
         kind=str,
     )
+    speculative_canary: str = _option(
+        "warn", _SPECULATION, "when the draft fails its trial at start", choices=("warn", "fail", "off")
+    )
 
     host: str = _option("127.0.0.1", _HTTP, "address to listen on")
     port: int = _option(30000, _HTTP, "port to listen on; 0 picks a free one", least=0, most=65535)
@@ -194,6 +197,8 @@ class ServerArgs:
             page_size=self.page_size,
             enable_prefix_cache=not self.disable_radix_cache,
             num_draft_steps=num_draft_steps,
+            tokenizer_path=self.tokenizer_path,
+            canary=_literal(self.speculative_canary),
             random_seed=self.random_seed,
         )
 

@@ -38,6 +38,8 @@ class Option:
         Raises ConfigError.
         """
         if self.choices is not None:
+            if value is False and "off" in self.choices:
+                value = "off"  # as YAML reads an unquoted off
             for choice in self.choices:
                 if str(value).lower() == choice.lower():
                     return choice

@@ -16,12 +16,14 @@ from nextn.errors import RequestError
 from nextn.execution.counters import Counters
 from nextn.execution.memory import kv_bytes_per_token, make_kv_cache, num_pages_for
 from nextn.execution.outputs import check_request, output_of, refusal
-from nextn.execution.rehearsal import warm_up
+from nextn.execution.rehearsal import run_canary, warm_up
 from nextn.execution.step import run_step
+from nextn.protocol.draft_health import DraftHealth
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
 from nextn.speculative.cycle import SpeculativeCycle
+from nextn.speculative.monitor import AcceptanceMonitor
 from nextn.speculative.policy import DraftLengthPolicy
 from nextn.speculative.proposer import NextNProposer
 
@@ -101,6 +103,19 @@ class Engine:
             page_size=config.page_size,
             context_length=self.context_length,
         )
+        self._canary = run_canary(
+            config,
+            self.scheduler,
+            self._cycle,
+            max_drafts=self.max_draft_steps,
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+        )
+        self._monitor = AcceptanceMonitor(
+            self.max_draft_steps,
+            is_trained=config.load_format != "dummy",
+            is_proven=self._canary.verdict == "healthy",
+        )
         self.load_seconds = time.monotonic() - started
         logger.info(
             "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
@@ -143,9 +158,8 @@ class Engine:
         outputs = []
         for extend, decision, kept, is_first in steps:
             self._counters.count(extend, decision, kept, is_first=is_first)
-            if policy is not None and extend.num_drafts:
-                # Drafts beyond the end of a request were accepted for nothing.
-                policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
+            if extend.num_drafts:
+                self._monitor.count(extend, decision)
             if kept:
                 step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
                 outputs.append(output_of(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
@@ -178,6 +192,21 @@ class Engine:
             accepted_per_position=list(counters.accepted),
         )
 
+    @property
+    def health_revision(self) -> int:
+        """Changes when ``draft_health`` has something new to say."""
+        return self._monitor.revision
+
+    def draft_health(self) -> DraftHealth:
+        monitor, canary = self._monitor, self._canary
+        return DraftHealth(
+            state=monitor.state,
+            complaint=monitor.complaint or (canary.message if canary.verdict == "sick" else None),
+            num_collapses=monitor.num_collapses,
+            windows=monitor.windows(),
+            canary=canary,
+        )
+
     def info(self) -> dict[str, Any]:
         """Plain values for /get_server_info: configuration, load report, and figures so far."""
         stats = self.stats()
@@ -190,6 +219,7 @@ class Engine:
             "load_report": self._loaded.report.as_dict(),
             "load_seconds": self.load_seconds,
             "accept_length": stats.accept_length,
+            "draft_health": self.draft_health().as_dict(),
             "stats": msgspec.to_builtins(stats),
             "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),

@@ -63,6 +63,8 @@ def run_engine(
 
 
 def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
+    end.send(engine.draft_health())
+    told = engine.health_revision
     while os.getppid() == parent_pid:
         outputs: list[RequestOutput] = []
         messages = end.receive(0 if engine.has_work else IDLE_POLL_MS)
@@ -75,6 +77,9 @@ def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
         outputs += engine.step()
         if has_worked or messages:  # also without outputs: a long prompt's chunks show that the engine is alive
             end.send(StepOutput(outputs, engine.stats()))
+        if engine.health_revision != told:
+            end.send(engine.draft_health())
+            told = engine.health_revision
 
 
 def _handle(engine: Engine, end: EngineEnd, message: ToEngine) -> list[RequestOutput]:

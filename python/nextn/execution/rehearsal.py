@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from pathlib import Path
+
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import CheckpointError
 from nextn.execution.step import run_step
+from nextn.protocol.draft_health import CanaryResult
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.scheduler import Scheduler
+from nextn.speculative.canary import MAX_NEW_TOKENS, NUM_DRAFTS, canary_prompts, judge, skipped
 from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.policy import TRIES_AT_FIRST, DraftLengthPolicy
 
 WARM_UP_TOKENS = 8
+
+logger = logging.getLogger(__name__)
 
 
 def rehearse(
@@ -60,3 +70,57 @@ def warm_up(
     if max_new_tokens > 0:
         prompt = [i % vocab_size for i in range(page_size)]
         rehearse(scheduler, cycle, [prompt], max_new_tokens=max_new_tokens, policy=policy, ignore_eos=True)
+
+
+def run_canary(
+    config: EngineConfig,
+    scheduler: Scheduler,
+    cycle: SpeculativeCycle,
+    *,
+    max_drafts: int,
+    vocab_size: int,
+    context_length: int,
+) -> CanaryResult:
+    """Try the draft on text that a working head drafts well, as ``--speculative-canary`` says, and log the verdict.
+
+    max_drafts: 0 where nothing drafts
+    Raises CheckpointError if the draft is sick and the operator wants no such server.
+    """
+    result = _try_draft(config, scheduler, cycle, max_drafts, vocab_size, context_length)
+    if result.verdict != "sick":
+        logger.info("%s", result.message)
+        return result
+    if config.canary == "fail":
+        raise CheckpointError(
+            f"{result.message}. Serve it anyway with --speculative-canary warn, without the draft with "
+            "--speculative-algorithm none, or see python -m nextn.doctor --deep"
+        )
+    logger.error("%s", result.message)
+    return result
+
+
+def _try_draft(
+    config: EngineConfig,
+    scheduler: Scheduler,
+    cycle: SpeculativeCycle,
+    max_drafts: int,
+    vocab_size: int,
+    context_length: int,
+) -> CanaryResult:
+    if config.canary == "off":
+        return skipped("--speculative-canary off")
+    if max_drafts == 0:
+        return skipped("nothing drafts")
+    if config.load_format == "dummy":
+        return skipped("dummy weights draft nothing that could be accepted")
+    started = time.monotonic()
+    folder = Path(config.tokenizer_path or config.model_path)
+    prompts = canary_prompts(folder)
+    if not prompts:
+        return skipped(f"{folder} has no tokenizer.json that can be read, so there is no text to try")
+    longest = max(map(len, prompts)) + MAX_NEW_TOKENS
+    if longest > context_length or max(map(max, prompts)) >= vocab_size:
+        return skipped(f"its prompts need {longest} tokens of context and the tokenizer of this model")
+    num_drafts = min(NUM_DRAFTS, max_drafts)
+    outcomes = rehearse(scheduler, cycle, prompts, max_new_tokens=MAX_NEW_TOKENS, num_drafts=num_drafts)
+    return judge(outcomes, num_drafts, time.monotonic() - started)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from nextn.protocol.draft_health import DraftHealth
 from nextn.protocol.sampling import TokenSampling
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -180,4 +181,4 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = AddRequest | Abort | FlushCache | GetInfo | Shutdown
-FromEngine = StepOutput | CallReply | EngineReady | EngineFailed
+FromEngine = StepOutput | DraftHealth | CallReply | EngineReady | EngineFailed

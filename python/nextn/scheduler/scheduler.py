@@ -217,6 +217,8 @@ class Scheduler:
             seq.num_verify_passes += 1
             seq.num_drafted += extend.num_drafts
             seq.num_accepted += min(decision.num_accepted, len(kept))
+        elif seq.num_output == 0:
+            seq.is_chunked = True
         self.pages.publish(seq)
         if seq.finish_reason is not None:
             self.finish(seq)

@@ -23,6 +23,7 @@ class Sequence:
     num_computed: the KV of tokens[:num_computed] is in the cache, in all of the target's layers
     num_draft_computed: the same of the draft's layer; without a draft, num_computed
     pages: the KV pages of the sequence, in order; the first len(nodes) belong to the prefix cache
+    is_chunked: the prompt took more than one step
     slot: index of per-sequence device state while running, else -1
     """
 
@@ -39,6 +40,7 @@ class Sequence:
     status: Status = Status.WAITING
     slot: int = -1
     cached_tokens: int | None = None
+    is_chunked: bool = False
     first_scheduled_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

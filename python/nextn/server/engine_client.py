@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from nextn.protocol.channel import ServerEnd
+from nextn.protocol.draft_health import DraftHealth
 from nextn.protocol.messages import (
     Abort,
     AddRequest,
@@ -69,6 +70,7 @@ class EngineClient:
         """max_in_flight: engine requests that can run and wait together; more are refused without asking the engine."""
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
+        self.draft_health: DraftHealth | None = None
         self.state = EngineState.LOADING
         self.failure: EngineFailed | None = None
         self._end = end
@@ -241,6 +243,8 @@ class EngineClient:
                 self.stats = message.stats
                 for output in message.outputs:
                     self._deliver(output)
+            case DraftHealth():
+                self.draft_health = message
             case EngineReady():
                 self.ready = message
                 if self.state is EngineState.LOADING:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from nextn.protocol.draft_health import DraftHealth
 from nextn.protocol.messages import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -69,10 +70,12 @@ class Metrics:
     def count_disconnect(self) -> None:
         self._aborted.inc()
 
-    def render(self, stats: EngineStats) -> bytes:
+    def render(self, stats: EngineStats, health: DraftHealth | None = None) -> bytes:
         """The text exposition of everything, in Prometheus' format."""
         engine = CollectorRegistry(auto_describe=False)
         engine.register(_EngineCollector(stats))
+        if health is not None and health.state != "off":
+            engine.register(_DraftCollector(health))
         return generate_latest(self._registry) + generate_latest(engine)
 
 
@@ -103,6 +106,39 @@ class _EngineCollector(Collector):
         yield _counter("spec_num_accepted_tokens", "Draft tokens accepted.", sum(stats.accepted_per_position))
         yield _per_position("spec_drafted_per_position", "Draft tokens proposed.", stats.drafted_per_position)
         yield _per_position("spec_accepted_per_position", "Draft tokens accepted.", stats.accepted_per_position)
+
+
+class _DraftCollector(Collector):
+    """The draft's health as metrics."""
+
+    def __init__(self, health: DraftHealth) -> None:
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        health = self._health
+        text = "1 where the draft does not do what a working head does; alert on it."
+        sick = GaugeMetricFamily("nextn:spec_draft_sick", text, labels=["reason"])
+        for state in ("collapsed", "never_healthy"):
+            sick.add_metric([state], health.state == state)
+        sick.add_metric(["canary"], health.canary.verdict == "sick")
+        yield sick
+        yield _counter("spec_draft_collapses", "Times that acceptance fell to almost nothing.", health.num_collapses)
+        length = GaugeMetricFamily(
+            "nextn:spec_window_accept_length",
+            "Tokens per verify pass over the latest drafted chains, by kind of traffic.",
+            labels=["traffic"],
+        )
+        rates = GaugeMetricFamily(
+            "nextn:spec_window_acceptance",
+            "Share of the latest drafts accepted at each place of a step, by kind of traffic; position 0 is the first.",
+            labels=["traffic", "position"],
+        )
+        for traffic, window in health.windows.items():
+            length.add_metric([traffic], window.accept_length)
+            for position, rate in enumerate(window.rates):
+                rates.add_metric([traffic, str(position)], rate)
+        yield length
+        yield rates
 
 
 def _ratio(part: float, whole: float) -> float:
