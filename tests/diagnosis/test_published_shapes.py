@@ -93,8 +93,9 @@ def test_kv_of_a_token_and_what_fits(checkpoints: dict[str, Path]) -> None:
     """93 layers (the draft's is one) x 2 x 8 heads x 128 x 2 bytes; from 8 GPUs on, one head per GPU."""
     found = examined(checkpoints["glm-4.6 channel"])
     by_size = {one.tp_size: one for one in found.memory}
-    assert by_size[1].kv_bytes_per_token == 93 * 2 * 8 * 128 * 2
-    assert by_size[8].kv_bytes_per_token == by_size[16].kv_bytes_per_token == 93 * 2 * 128 * 2
+    assert by_size[1].kv_bytes_per_token == 93 * 2 * 8 * 128 * 2 + 5120 * 2
+    assert by_size[8].kv_bytes_per_token == 93 * 2 * 128 * 2 + 5120 * 2 // 8
+    assert by_size[16].kv_bytes_per_token == 93 * 2 * 128 * 2 + 5120 * 2 // 16, "KV heads are repeated"
     assert [size for size, one in by_size.items() if one.fits] == [4, 8, 16]
     assert found.min_gpus == 4
     eight = by_size[8]

@@ -38,7 +38,8 @@ class GpuMemory:
     """One tensor-parallel size.
 
     parts: bytes of weights per GPU, in the order of PARTS
-    kv_bytes_per_token: per GPU, of all layers and the draft's; kv_tokens: how many fit, 0 if the weights do not
+    kv_bytes_per_token: per GPU, of all layers and the draft's, with the GPU's share of the hidden states that the draft
+        is made of; kv_tokens: how many fit, 0 if the weights do not
     why_not: why the model cannot be cut this way; None if it can
     misaligned: block-FP8 linears whose cut falls inside a block
     """
@@ -73,6 +74,8 @@ def _memory(plan: LoadPlan, gpu_bytes: float, tp: int) -> GpuMemory:
     parts = {part: math.ceil(size) for part, size in sizes.items()}
     num_layers = config.num_hidden_layers + (plan.draft is not None)
     per_token = 2 * num_layers * math.ceil(config.num_key_value_heads / tp) * config.head_dim * KV_BYTES
+    if plan.draft is not None:
+        per_token += math.ceil(config.hidden_size / tp) * KV_BYTES
     left = gpu_bytes * (1 - RESERVED_SHARE) - sum(parts.values())
     why_not = _why_not(config, tp)
     fits = why_not is None and left >= per_token

@@ -61,7 +61,7 @@ class Engine:
         dtype = self._loaded.target.dtype
         num_pages = num_pages_for(
             model_config,
-            num_layers=num_layers,
+            has_draft=draft is not None,
             dtype=dtype,
             page_size=config.page_size,
             max_total_tokens=config.max_total_tokens,
@@ -78,9 +78,7 @@ class Engine:
             dtype=dtype,
             device=device,
         )
-        proposer = None
-        if draft is not None:
-            proposer = NextNProposer(draft, kv_cache)
+        proposer = None if draft is None else NextNProposer(draft, kv_cache)
         self._cycle = SpeculativeCycle(self._loaded.target, proposer, kv_cache, page_size=config.page_size)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -122,7 +120,7 @@ class Engine:
             self._loaded.report.as_table(),
             num_pages * config.page_size,
             num_pages,
-            num_pages * config.page_size * kv_bytes_per_token(model_config, num_layers, dtype) / 2**20,
+            num_pages * config.page_size * kv_bytes_per_token(model_config, dtype, has_draft=draft is not None) / 2**20,
             num_drafts if self._policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )

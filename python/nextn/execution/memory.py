@@ -14,15 +14,17 @@ CPU_KV_FRACTION = 0.25
 """Share of the machine's free memory that the KV pool may grow to on a CPU (pages are touched only when used)."""
 
 
-def kv_bytes_per_token(config: ModelConfig, num_layers: int, dtype: torch.dtype) -> int:
-    """Bytes of K and V that one token takes in ``num_layers`` layers."""
-    return 2 * num_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, has_draft: bool) -> int:
+    """Bytes of K and V that one token takes in all layers, and of the hidden state that is kept for the draft layer."""
+    num_layers = config.num_hidden_layers + has_draft
+    values = 2 * num_layers * config.num_key_value_heads * config.head_dim + has_draft * config.hidden_size
+    return values * dtype.itemsize
 
 
 def num_pages_for(
     config: ModelConfig,
     *,
-    num_layers: int,
+    has_draft: bool,
     dtype: torch.dtype,
     page_size: int,
     max_total_tokens: int | None,
@@ -34,7 +36,7 @@ def num_pages_for(
     """
     tokens = max_total_tokens
     if tokens is None:
-        affordable = int(_free_memory() * CPU_KV_FRACTION) // kv_bytes_per_token(config, num_layers, dtype)
+        affordable = int(_free_memory() * CPU_KV_FRACTION) // kv_bytes_per_token(config, dtype, has_draft=has_draft)
         tokens = min(wanted_tokens, affordable)
     if tokens < 2 * page_size:
         raise ConfigError(

@@ -28,7 +28,7 @@ FIRST_KEY = 1
 """The first slot that holds an entry of the draft layer."""
 
 MAX_CATCH_UP = 2048
-"""Entries made in one step, at most, for sequences that lag behind their tokens."""
+"""Entries made in one step, at most, beside those of the step's own tokens, for sequences that lag behind."""
 
 ChooseTokens = Callable[[torch.Tensor, list[Row]], tuple[torch.Tensor, torch.Tensor | None]]
 """(logits [R, V], rows) → tokens [R] int64, and the probabilities [R, V] they were drawn from (None if all greedy)."""
@@ -106,9 +106,8 @@ class NextNProposer:
             # Drafting begins with an entry of the last known token.
             num_computed = extend.end if extend.num_drafts else seq.num_draft_computed
             if extend.wants_drafts and num_computed < extend.end:
-                # A prompt chunk is bounded already.
-                stop = extend.end if extend.num_tokens > 1 else min(extend.end, num_computed + budget)
-                budget -= 0 if extend.num_tokens > 1 else stop - num_computed
+                stop = min(extend.end, num_computed + extend.num_tokens + budget)
+                budget -= max(stop - num_computed - extend.num_tokens, 0)
                 if stop > max(num_computed, FIRST_KEY):
                     spans.append((seq, max(num_computed, FIRST_KEY), stop))
                 num_computed = stop
