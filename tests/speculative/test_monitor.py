@@ -43,7 +43,7 @@ def sequence(prompt_len: int = 10, *, cached: int = 0, is_chunked: bool = False)
 def feed(monitor: AcceptanceMonitor, outcomes: Iterable[tuple[int, int]], seq: Sequence | None = None) -> None:
     """outcomes: (drafted, accepted) of each chain"""
     for drafted, accepted in outcomes:
-        monitor.count(Extend(seq or sequence(), 0, 1, drafted, True), Decision([], accepted))
+        monitor.count(Extend(seq or sequence(), 0, 1, drafted, decides=True, wants_drafts=True), Decision([], accepted))
 
 
 def chains(num: int, rate: float, num_drafts: int = 3, seed: int = 0) -> list[tuple[int, int]]:
@@ -172,7 +172,7 @@ def test_counting_is_cheap() -> None:
     """0.5 µs a chain on the machine it was written on; the budget is 2 µs, and CI machines are slow and shared."""
     monitor = AcceptanceMonitor(MAX_DRAFTS)
     seq = sequence()
-    steps = [(Extend(seq, 0, 1, d, True), Decision([], a)) for d, a in chains(2000, 0.7)]
+    steps = [(Extend(seq, 0, 1, d, decides=True, wants_drafts=True), Decision([], a)) for d, a in chains(2000, 0.7)]
     best = float("inf")
     for _ in range(10):
         started = time.perf_counter()
