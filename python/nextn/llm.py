@@ -162,11 +162,14 @@ class LLM:
     def _run(self, pending: dict[str, _Pending]) -> None:
         while self.engine.has_work:
             self._step(pending)
+        while self.engine.has_background_work:
+            self.engine.work_in_background()
 
     def _step(self, pending: dict[str, _Pending]) -> None:
         for output in self.engine.step():
             if pending[output.rid].push(output):
                 self.engine.abort(output.rid)
+        self.engine.work_in_background()
 
 
 class _Pending:

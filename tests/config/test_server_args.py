@@ -299,6 +299,7 @@ OTHER: dict[str, Any] = {
     "speculative_num_steps": 2,
     "speculative_eagle_topk": 1,
     "speculative_num_draft_tokens": 4,
+    "speculative_shadow_rate": 0.5,
     "max_total_tokens": 640,
     "stream_interval": 2,
     "port": 7,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import torch
 from nextn.demo import checkpoint_dir
-from nextn.protocol.draft_health import Acceptance, CanaryResult, DraftHealth, DraftState
+from nextn.protocol.draft_health import Acceptance, CanaryResult, DraftHealth, DraftState, ShadowCounts
 from safetensors.torch import load_file, save_file
 
 from tests.server.conftest import AppFactory, wait_until
@@ -64,6 +65,28 @@ def test_without_a_draft_there_are_no_metrics_of_its_health(make_app: AppFactory
     app = make_app(behaviour=Behaviour(draft_health=health("off", None)), fresh=True)
     wait_until(lambda: app.services.engine.draft_health is not None)
     assert "spec_draft_sick" not in app.http.get("/metrics").text
+
+
+def test_what_the_shadow_check_found_is_a_metric(make_app: AppFactory) -> None:
+    counts = ShadowCounts(num_requests=5, num_tokens=70, num_disagreements=2, num_skipped=1)
+    told = msgspec.structs.replace(health("healthy", counts.complaint), shadow=counts)
+    app = make_app(behaviour=Behaviour(draft_health=told), fresh=True)
+    wait_until(lambda: app.services.engine.draft_health is not None)
+    found = samples(app.http.get("/metrics"))
+    names = ("requests", "tokens", "disagreements", "skipped")
+    assert [found[f"nextn:shadow_{name}_total"] for name in names] == [5, 70, 2, 1]
+    assert app.http.get("/health").json()["draft"].startswith("wrong output: 2 of 70 tokens")
+
+
+def test_finished_requests_are_checked_while_the_server_is_idle() -> None:
+    with launched("--speculative-shadow-rate", "1", *SMALL, module="nextn.launch_server") as server:
+        server.wait_ready()
+        params = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
+        assert server.http.post("/generate", json={"text": "Hello!", "sampling_params": params}).status_code == 200
+        wait_until(lambda: samples(server.http.get("/metrics")).get("nextn:shadow_tokens_total") == 30)
+        told = server.http.get("/get_server_info").json()["engine"]["draft_health"]["shadow"]
+        assert told == {"num_requests": 1, "num_tokens": 30, "num_disagreements": 0, "num_skipped": 0}
+        assert server.http.get("/health").json() == {"status": "ok"}
 
 
 def test_a_sick_draft_is_refused_or_served_with_a_warning(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class EngineConfig:
     max_total_tokens: KV slots in all; None picks a size from memory
     chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts
     tokenizer_path: folder of the tokenizer that the canary's text is for; None is model_path
+    shadow_rate: share of finished requests that are scored again without speculation
     canary: what happens when the draft fails its trial at start; "off" has none
     num_draft_steps: drafts per step; None lets the policy choose 0 … 5 where the checkpoint has a NextN layer
     """
@@ -39,6 +40,7 @@ class EngineConfig:
     num_draft_steps: int | None = None
     tokenizer_path: str | None = None
     canary: Literal["warn", "fail", "off"] = "warn"
+    shadow_rate: float = 0.0
     random_seed: int = 0
 
     @property

@@ -103,6 +103,9 @@ class ServerArgs:
     speculative_canary: str = _option(
         "warn", _SPECULATION, "when the draft fails its trial at start", choices=("warn", "fail", "off")
     )
+    speculative_shadow_rate: float = _option(
+        0.0, _SPECULATION, "share of finished requests to score again without drafts", least=0, most=1
+    )
 
     host: str = _option("127.0.0.1", _HTTP, "address to listen on")
     port: int = _option(30000, _HTTP, "port to listen on; 0 picks a free one", least=0, most=65535)
@@ -199,6 +202,7 @@ class ServerArgs:
             num_draft_steps=num_draft_steps,
             tokenizer_path=self.tokenizer_path,
             canary=_literal(self.speculative_canary),
+            shadow_rate=self.speculative_shadow_rate,
             random_seed=self.random_seed,
         )
 

@@ -18,7 +18,7 @@ from nextn.execution.memory import kv_bytes_per_token, make_kv_cache, num_pages_
 from nextn.execution.outputs import check_request, output_of, refusal
 from nextn.execution.rehearsal import run_canary, warm_up
 from nextn.execution.step import run_step
-from nextn.protocol.draft_health import DraftHealth
+from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -26,6 +26,7 @@ from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.monitor import AcceptanceMonitor
 from nextn.speculative.policy import DraftLengthPolicy
 from nextn.speculative.proposer import NextNProposer
+from nextn.speculative.shadow import ShadowCheck
 
 DEFAULT_NUM_DRAFT_STEPS = 3
 """Drafts of a request that samples with its own seed, whatever the policy prefers for others."""
@@ -114,6 +115,9 @@ class Engine:
             is_trained=config.load_format != "dummy",
             is_proven=self._canary.verdict == "healthy",
         )
+        self._shadow: ShadowCheck | None = None
+        if config.shadow_rate:
+            self._shadow = ShadowCheck(self._loaded.target, kv_cache, self.scheduler.pages, config.shadow_rate)
         self.load_seconds = time.monotonic() - started
         logger.info(
             "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
@@ -127,7 +131,18 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether a request runs or waits."""
         return self.scheduler.has_work
+
+    @property
+    def has_background_work(self) -> bool:
+        """Whether there is something to do while no request runs or waits."""
+        return self._shadow is not None and self._shadow.has_work
+
+    def work_in_background(self) -> None:
+        """Do a little of what nobody waits for. Call it between steps, once their outputs have left."""
+        if self._shadow is not None:
+            self._shadow.run(is_idle=not self.has_work)
 
     def add(self, request: AddRequest) -> RequestOutput | None:
         """Queue a request. Returns its terminal output at once if it is refused, else None."""
@@ -152,6 +167,8 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
+        if self._shadow is not None:
+            self._shadow.make_way(self.scheduler.num_pages_wanted)
         steps = run_step(self.scheduler, self._cycle, self._policy)
         outputs = []
         for extend, decision, kept, is_first in steps:
@@ -161,6 +178,8 @@ class Engine:
             if kept:
                 step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
                 outputs.append(output_of(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
+            if self._shadow is not None and extend.seq.finish_reason is not None:
+                self._shadow.offer(extend.seq)
         self._counters.num_steps += bool(steps)
         return outputs
 
@@ -175,7 +194,7 @@ class Engine:
             num_running=len(self.scheduler.running),
             num_queued=len(self.scheduler.waiting),
             num_pages=pages.num_pages,
-            num_free_pages=pages.num_free,
+            num_free_pages=pages.num_free + (self._shadow.num_pages_held if self._shadow is not None else 0),
             num_cached_pages=pages.cache.num_evictable,
             page_size=pages.page_size,
             prompt_tokens=counters.prompt_tokens,
@@ -193,16 +212,20 @@ class Engine:
     @property
     def health_revision(self) -> int:
         """Changes when ``draft_health`` has something new to say."""
-        return self._monitor.revision
+        shadow = self._shadow.counts if self._shadow is not None else ShadowCounts()
+        return self._monitor.revision + shadow.num_requests + shadow.num_skipped
 
     def draft_health(self) -> DraftHealth:
         monitor, canary = self._monitor, self._canary
+        shadow = self._shadow.counts if self._shadow is not None else None
+        of_canary = canary.message if canary.verdict == "sick" else None
         return DraftHealth(
             state=monitor.state,
-            complaint=monitor.complaint or (canary.message if canary.verdict == "sick" else None),
+            complaint=(shadow.complaint if shadow is not None else None) or monitor.complaint or of_canary,
             num_collapses=monitor.num_collapses,
             windows=monitor.windows(),
             canary=canary,
+            shadow=shadow,
         )
 
     def info(self) -> dict[str, Any]:

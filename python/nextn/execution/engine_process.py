@@ -67,7 +67,7 @@ def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
     told = engine.health_revision
     while os.getppid() == parent_pid:
         outputs: list[RequestOutput] = []
-        messages = end.receive(0 if engine.has_work else IDLE_POLL_MS)
+        messages = end.receive(0 if engine.has_work or engine.has_background_work else IDLE_POLL_MS)
         for message in messages:
             if isinstance(message, Shutdown):
                 end.send(StepOutput(outputs + engine.abort(None), engine.stats()))
@@ -77,6 +77,7 @@ def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
         outputs += engine.step()
         if has_worked or messages:  # also without outputs: a long prompt's chunks show that the engine is alive
             end.send(StepOutput(outputs, engine.stats()))
+        engine.work_in_background()
         if engine.health_revision != told:
             end.send(engine.draft_health())
             told = engine.health_revision

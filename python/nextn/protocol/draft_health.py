@@ -40,10 +40,33 @@ class CanaryResult(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
+class ShadowCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Finished requests scored again without speculation, since start.
+
+    num_disagreements: tokens that came out otherwise, ties left aside
+    num_skipped: requests that were chosen and not checked, for want of time
+    """
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_disagreements: int = 0
+    num_skipped: int = 0
+
+    @property
+    def complaint(self) -> str | None:
+        if not self.num_disagreements:
+            return None
+        return (
+            f"wrong output: {self.num_disagreements} of {self.num_tokens} tokens that were checked without speculation "
+            "came out otherwise"
+        )
+
+
 class DraftHealth(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The monitor's and the canary's findings.
+    """What monitor, canary and shadow check have found.
 
     complaint: what is wrong, in one line; None if nothing is known to be
+    shadow: None where nothing is checked
     windows: acceptance over the latest drafted chains, by kind of traffic; "all" is always among them
     """
 
@@ -52,6 +75,7 @@ class DraftHealth(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_collapses: int
     windows: dict[str, Acceptance]
     canary: CanaryResult
+    shadow: ShadowCounts | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with what can be derived beside them."""

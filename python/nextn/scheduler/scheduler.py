@@ -98,6 +98,13 @@ class Scheduler:
         return self.num_decoding == len(self.running) and not (self.waiting and self._free_slots)
 
     @property
+    def num_pages_wanted(self) -> int:
+        """Pages that the next step may ask for, at most."""
+        chunk = self._config.max_prefill_tokens or self._config.context_length
+        waiting = len(self.waiting[0].tokens) + 1 if self.waiting else 0
+        return self.pages.pages_for(chunk) + self.pages.pages_for(waiting) + 2 * len(self.running)
+
+    @property
     def is_full(self) -> bool:
         return len(self.waiting) >= self._config.max_queued
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nextn.protocol.draft_health import DraftHealth
+from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -76,6 +76,8 @@ class Metrics:
         engine.register(_EngineCollector(stats))
         if health is not None and health.state != "off":
             engine.register(_DraftCollector(health))
+        if health is not None and health.shadow is not None:
+            engine.register(_ShadowCollector(health.shadow))
         return generate_latest(self._registry) + generate_latest(engine)
 
 
@@ -139,6 +141,20 @@ class _DraftCollector(Collector):
                 rates.add_metric([traffic, str(position)], rate)
         yield length
         yield rates
+
+
+class _ShadowCollector(Collector):
+    """What the shadow check has found."""
+
+    def __init__(self, counts: ShadowCounts) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
+        yield _counter("shadow_requests", "Requests scored again without speculation.", counts.num_requests)
+        yield _counter("shadow_tokens", "Tokens scored again without speculation.", counts.num_tokens)
+        yield _counter("shadow_disagreements", "Tokens that came out otherwise; alert on it.", counts.num_disagreements)
+        yield _counter("shadow_skipped", "Requests chosen and not checked, for want of time.", counts.num_skipped)
 
 
 def _ratio(part: float, whole: float) -> float:
