@@ -14,23 +14,25 @@ from typing import Any
 
 import torch
 from nextn.demo.quiz import held_out_items
-from nextn.llm import LLM
+from nextn.text.tokenizer import Tokenizer
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """--model-path, --quick and --json; a script adds its own."""
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--model-path", help="checkpoint folder; default: the embedded model")
     made.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute on 2 cores")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return made
 
 
-def prompts(llm: LLM, num: int) -> list[list[int]]:
+def prompts(tokenizer: Tokenizer, num: int) -> list[list[int]]:
     """``num`` different held-out conversations with open answers, as token ids."""
     drawn = held_out_items(seed=7, num_quiz=0, num_tools=0, num_open=2 * num + 8)[:num]
     assert len(drawn) == num, "draws that repeat a prompt are left out; draw more"
-    return [llm.tokenizer.encode(item.prompt, add_special_tokens=False) for item in drawn]
+    return [tokenizer.encode(item.prompt, add_special_tokens=False) for item in drawn]
 
 
 def alternate(sides: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:

@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from typing import Any
 
 import aiohttp
 from nextn.llm import LLM, SamplingParams
 
 from benchmarks.common import alternate, parser, prompts, ratio, report, timed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start_server(model_path: str | None, port: int) -> subprocess.Popen[bytes]:
-    """Launch the server as a user would, and wait until it is healthy."""
-    command = [sys.executable, "-m", "nextn.launch_server", "--port", str(port), "--log-level", "warning"]
-    command += ["--disable-radix-cache", *(["--model-path", model_path] if model_path else [])]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
-                if response.status == 200:
-                    return server
-        except OSError:
-            time.sleep(0.1)
-    raise SystemExit("the server did not become healthy within 60 s")
+from benchmarks.served import servers
 
 
 async def stream_all(url: str, batch: list[list[int]], num_tokens: int) -> int:
@@ -68,24 +39,21 @@ def main() -> None:
     made.add_argument("--num-tokens", type=int, default=192, help="generated per stream")
     args = made.parse_args()
     llm = LLM(args.model_path, disable_radix_cache=True)
-    batch = prompts(llm, args.num_streams)
+    batch = prompts(llm.tokenizer, args.num_streams)
     params = SamplingParams(temperature=0, max_new_tokens=args.num_tokens, ignore_eos=True)
-    port = free_port()
-    server = start_server(args.model_path, port)
+    model = ["--model-path", args.model_path] if args.model_path else []
 
     def offline() -> float:
         seconds, outputs = timed(lambda: llm.generate(batch, params))
         return sum(len(out.output_ids) for out in outputs) / seconds
 
-    def http() -> float:
-        seconds, tokens = timed(lambda: asyncio.run(stream_all(f"http://127.0.0.1:{port}", batch, args.num_tokens)))
-        return tokens / seconds
+    with servers([("nextn.launch_server", "--disable-radix-cache", *model)]) as (url,):
 
-    try:
+        def http() -> float:
+            seconds, tokens = timed(lambda: asyncio.run(stream_all(url, batch, args.num_tokens)))
+            return tokens / seconds
+
         figures = alternate({"offline": offline, "http": http}, 3 if args.quick else 9)
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
     share = ratio(figures["http"], figures["offline"])
     middle = {name: sorted(values)[len(values) // 2] for name, values in figures.items()}
     row = {

@@ -29,7 +29,7 @@ def main() -> None:
     made.add_argument("--prefix-len", type=int, default=1500, help="shared tokens")
     args = made.parse_args()
     llm = LLM(args.model_path)
-    questions = prompts(llm, 64)
+    questions = prompts(llm.tokenizer, 64)
     shared = [token for question in questions for token in question] * 100
     rows = []
     for repetition in range(2 if args.quick else 5):

@@ -67,7 +67,7 @@ def measure(
         )
         for name, (path, k) in sides.items()
     }
-    used = prompts(engines["0"], max(16, (1 if is_quick else 4) * num_streams))
+    used = prompts(engines["0"].tokenizer, max(16, (1 if is_quick else 4) * num_streams))
 
     def throughput(llm: LLM) -> float:
         seconds, outputs = timed(lambda: llm.generate(used, params))

@@ -72,7 +72,7 @@ def main() -> None:
     params = SamplingParams(temperature=0, max_new_tokens=args.num_tokens, ignore_eos=True)
     rows = []
     for num_streams in (1, 16):
-        batch = prompts(llm, num_streams)
+        batch = prompts(llm.tokenizer, num_streams)
         outputs: dict[str, list[list[int]]] = {}
 
         def run_ours(batch: list[list[int]] = batch, outputs: dict[str, list[list[int]]] = outputs) -> float:

@@ -13,7 +13,7 @@ from nextn.llm import LLM
 from benchmarks.common import prompts
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "common"))
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "parser(__doc__)" in path.read_text())
 
 
 def run(script: str, *flags: str) -> str:
@@ -31,7 +31,7 @@ def test_every_script_explains_itself(script: str) -> None:
 def test_as_many_streams_run_as_the_table_says() -> None:
     llm = LLM(speculative_num_steps=0)
     for num in (1, 16, 64):
-        found = prompts(llm, num)
+        found = prompts(llm.tokenizer, num)
         assert len(found) == num
         assert len(set(map(tuple, found))) == num
 
@@ -42,3 +42,17 @@ def test_a_shared_prefix_makes_later_first_tokens_at_least_five_times_faster(tmp
     assert "later / first" in table
     assert all(row["later / first"] <= 0.2 for row in rows)
     assert all(row["cached tokens"] >= 1500 - 16 for row in rows)
+
+
+def test_a_lost_quantization_config_drafts_garbage_and_a_kept_one_does_not(tmp_path: Path) -> None:
+    files = tmp_path / "out.json", tmp_path / "out.png"
+    run("draft_quant", "--num-prompts", "4", "--rounds", "1", "--json", str(files[0]), "--plot", str(files[1]))
+    rows = json.loads(files[0].read_text())["rows"]
+    accept_length = {(row["streams"], row["draft"]): row["accept length"] for row in rows}
+    assert {streams for streams, _ in accept_length} == {1, 8, 16}
+    for streams in (1, 8, 16):
+        assert accept_length[streams, "dropped"] < 1.5
+        assert accept_length[streams, "kept"] >= 2.4
+        assert accept_length[streams, "unquant"] == pytest.approx(accept_length[streams, "kept"], rel=0.05)
+        assert accept_length[streams, "off"] == 1
+    assert files[1].read_bytes().startswith(b"\x89PNG")
