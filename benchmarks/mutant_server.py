@@ -17,7 +17,7 @@ def run_mutant(
 
     from benchmarks.mutants import MUTANTS
 
-    MUTANTS[fault]()
+    MUTANTS[fault].apply()
     run_engine(engine_config, socket_dir, parent_pid, num_threads, log_level)
 
 

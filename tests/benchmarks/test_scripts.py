@@ -56,3 +56,16 @@ def test_a_lost_quantization_config_drafts_garbage_and_a_kept_one_does_not(tmp_p
         assert accept_length[streams, "unquant"] == pytest.approx(accept_length[streams, "kept"], rel=0.05)
         assert accept_length[streams, "off"] == 1
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_broken_draft_is_noticed_and_the_model_as_it_is_raises_no_alarm(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    faults = ("none", "no-scales", "swapped-concat", "accept-all")
+    run("draft_mutants", "--quick", "--json", str(file), "--only", *faults)
+    rows = {row["fault"]: row for row in json.loads(file.read_text())["rows"]}
+    stages = ("load", "canary", "monitor", "shadow")
+    noticed = {fault: [stage for stage in stages if row[stage]] for fault, row in rows.items()}
+    assert noticed["none"] == []
+    assert noticed["no-scales"] == ["load"]
+    assert noticed["swapped-concat"] == ["canary", "monitor"]
+    assert "shadow" in noticed["accept-all"]
