@@ -56,8 +56,11 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_engine(make_app: 
     app = make_app(behaviour=Behaviour(hang_after_tokens=0))
     connection = open_connection(app.url, "/generate", {"text": "x", **LONG})
     wait_until(lambda: bool(app.engine.running))
+    assert app.engine.num_tokens == 0
     connection.close()
     app.wait_until_idle()
+    assert [message.rid for message in app.engine.log if isinstance(message, Abort)] == [app.added[0].rid]
+    assert app.services.engine.num_running == 0
 
 
 def test_a_client_that_does_not_read_costs_no_queue(make_app: AppFactory) -> None:

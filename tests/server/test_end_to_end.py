@@ -112,13 +112,20 @@ def test_prompt_logprobs_are_the_same_as_those_of_generation(server: Launched) -
 
 
 def test_speculation_is_counted_per_request_and_in_the_metrics(server: Launched) -> None:
-    meta = server.http.post("/generate", json={"text": "Hello", "sampling_params": GREEDY}).json()["meta_info"]
+    before = samples(server.http.get("/metrics"))
+    own_seed = {"temperature": 0.2, "seed": 1, "max_new_tokens": 40, "ignore_eos": True}  # 3 drafts in every step
+    meta = server.http.post("/generate", json={"text": "Hello", "sampling_params": own_seed}).json()["meta_info"]
     assert meta["completion_tokens"] == 40
-    assert meta["spec_accept_length"] == 40 / meta["spec_verify_ct"]
-    found = samples(server.http.get("/metrics"))
-    assert found["nextn:spec_num_drafts_total"] > 0
-    assert found["nextn:spec_num_draft_tokens_total"] > 0
-    assert found["nextn:generation_tokens_total"] >= 40
+    assert meta["spec_accept_length"] == 40 / meta["spec_verify_ct"] > 1
+    after = samples(server.http.get("/metrics"))
+    names = ("spec_num_drafts", "spec_num_draft_tokens", "spec_num_accepted_tokens", "generation_tokens")
+    passes, drafted, accepted, generated = (
+        after[f"nextn:{name}_total"] - before.get(f"nextn:{name}_total", 0) for name in names
+    )
+    assert generated == 40
+    assert 0 < accepted <= drafted <= 3 * meta["spec_verify_ct"]
+    assert passes <= meta["spec_verify_ct"]
+    assert (drafted, accepted) == tuple(map(sum, list(zip(*meta["spec_steps"], strict=True))[:2]))
     assert server.http.get("/get_server_info").json()["engine"]["num_draft_steps"] == 5
 
 

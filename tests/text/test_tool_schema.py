@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -161,6 +164,17 @@ def test_a_json_value_comes_back_as_it_is(value: Any) -> None:
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_any_text_becomes_json(text: str) -> None:
-    for schema in ({}, STRING, INTEGER, {"type": "object"}, {"type": ["string", "null"]}):
-        json.loads(typed(schema, text))
+def test_a_string_is_its_text_and_anything_else_is_json_a_literal_or_the_text(text: str) -> None:
+    assert json.loads(typed(STRING, text)) == text
+    for schema in ({}, INTEGER, {"type": "object"}, {"type": ["string", "null"]}):
+        value = json.loads(typed(schema, text))
+        assert value == text or value in readings(text)
+
+
+def readings(text: str) -> list[Any]:
+    """What the text says as JSON and as a Python literal."""
+    found: list[Any] = []
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError), warnings.catch_warnings(action="ignore"):
+            found.append(read(text.strip()))
+    return found

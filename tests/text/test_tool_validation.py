@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,8 +22,12 @@ def tool(**function: Any) -> dict[str, Any]:
         tool(name="server.find-it/v2:x"),
     ],
 )
-def test_a_well_formed_tool_is_taken(good: dict[str, Any]) -> None:
+def test_a_well_formed_tool_is_taken_and_left_as_it_is(good: dict[str, Any]) -> None:
+    before = copy.deepcopy(good)
     validate_tools([good])
+    assert good == before
+    with pytest.raises(RequestError, match="names two tools"):  # it was read: its name is known
+        validate_tools([good, good])
 
 
 @pytest.mark.parametrize(
