@@ -33,15 +33,15 @@ def run_step(
     """
     if policy is not None:
         num_decoding = scheduler.num_decoding
-        will_be_timed = num_decoding > 0 and scheduler.only_decodes
-        num_drafts = policy.choose(max(num_decoding, 1), will_be_timed=will_be_timed)
+        num_drafts = policy.choose(max(num_decoding, 1), will_be_timed=num_decoding > 0)
     extends = scheduler.schedule(num_drafts)
     if not extends:
         return []
     started = time.perf_counter()
     decisions = cycle.run(extends)
+    num_prompt_tokens = sum(extend.num_tokens for extend in extends if not (extend.decides and extend.seq.num_output))
     if policy is not None:
-        _tell_time(policy, extends, decisions, time.perf_counter() - started)
+        _tell_time(policy, extends, decisions, time.perf_counter() - started, num_prompt_tokens)
     progress = []
     for extend, decision in zip(extends, decisions, strict=True):
         is_first = extend.seq.num_output == 0
@@ -50,21 +50,31 @@ def run_step(
             # Drafts beyond the end of a request were accepted for nothing.
             policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
         progress.append(Progress(extend, decision, kept, is_first))
+    if policy is not None:
+        policy.observe_traffic(num_prompt_tokens, sum(len(one.kept) for one in progress))
     return progress
 
 
-def _tell_time(policy: DraftLengthPolicy, extends: list[Extend], decisions: list[Decision], seconds: float) -> None:
-    """What the policy can learn from a step's length, if every sequence did the same.
+def _tell_time(
+    policy: DraftLengthPolicy,
+    extends: list[Extend],
+    decisions: list[Decision],
+    seconds: float,
+    num_prompt_tokens: int,
+) -> None:
+    """What the policy can learn from a step's length, if all sequences that decode did the same.
 
     Called before the scheduler takes the decisions in.
     """
-    num_drafts = extends[0].num_drafts
-    if not all(extend.num_tokens == 1 and extend.decides and extend.num_drafts == num_drafts for extend in extends):
+    decoding = [extend for extend in extends if extend.decides and extend.seq.num_output]
+    num_drafts = decoding[0].num_drafts if decoding else 0
+    if any(extend.num_drafts != num_drafts for extend in decoding):
         return
-    if num_drafts or all(
-        decision.num_draft_computed == extend.seq.num_draft_computed
+    lags = any(
+        extend.decides and extend.seq.num_output and decision.num_draft_computed != extend.seq.num_draft_computed
         for extend, decision in zip(extends, decisions, strict=True)
-    ):
-        policy.observe(len(extends), num_drafts, seconds)
-    else:
-        policy.observe_catching_up(len(extends), seconds)
+    )
+    if num_drafts or not lags:
+        policy.observe(len(decoding), num_drafts, seconds, num_prompt_tokens)
+    elif not num_prompt_tokens:
+        policy.observe_catching_up(len(decoding), seconds)

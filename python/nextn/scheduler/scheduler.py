@@ -93,11 +93,6 @@ class Scheduler:
         return sum(seq.is_decoding for seq in self.running)
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether the next step computes no prompt, as far as can be said before it."""
-        return self.num_decoding == len(self.running) and not (self.waiting and self._free_slots)
-
-    @property
     def num_pages_wanted(self) -> int:
         """Pages that the next step may ask for, at most."""
         chunk = self._config.max_prefill_tokens or self._config.context_length
