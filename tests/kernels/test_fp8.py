@@ -144,3 +144,10 @@ def test_products_of_groups_and_blocks(num_tokens: int, rows: int, columns: int,
     found = block_fp8_matmul(x, x_scale, weight, weight_scale, block, bias)
     assert bool(((found.double() - exact - bias).abs() <= RELATIVE * (size + bias.abs())).all())
     torch.testing.assert_close(dequantize(weight, weight_scale, block).double(), exact_weight, rtol=1e-7, atol=0)
+
+
+def test_values_so_small_that_their_scale_underflows_are_no_nan() -> None:
+    x = torch.full((2, 128), 1e-44)
+    for q, scale in (quantize_per_token(x), quantize_per_group(x, 128), quantize_blocks(x, (128, 128))):
+        assert bool((scale == 1).all())
+        assert bool((q.float() == 0).all())

@@ -60,5 +60,6 @@ def quantize_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch
 
 
 def _quantize(x: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = torch.where(amax > 0, amax / FP8_MAX, 1.0)
+    scale = amax / FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)  # zeros, and values so small that the scale underflows
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
