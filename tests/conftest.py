@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before nextn is imported
+
 from nextn.config.engine_config import EngineConfig
 from nextn.execution.engine import Engine
 from nextn.protocol.messages import AddRequest, RequestOutput

@@ -1,0 +1,54 @@
+"""Where Triton's kernels run in tests: on the GPU if there is one, else on the CPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nextn.kernels import gpu
+
+_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8e4nv": torch.float8_e4m3fn,
+}
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.device:
+    """A device whose tensors the public functions give to Triton."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
+    monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
+    monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
+    return torch.device("cpu")
+
+
+def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+    """To the nearest, ties to even, as cvt.rn does; the interpreter's own conversion cuts bits off.
+
+    values: a numpy array, of unsigned integers where numpy lacks the type. Returns unsigned integers.
+    """
+    given = torch.from_numpy(np.ascontiguousarray(values)).view(_DTYPES[str(source)])
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+    plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    converted = given.to(_DTYPES[str(target)])
+    return converted.view(plain[converted.itemsize]).numpy().view(unsigned[converted.itemsize])
