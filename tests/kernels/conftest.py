@@ -36,6 +36,7 @@ def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.devi
     from triton.runtime import interpreter
 
     monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
     monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
@@ -52,3 +53,19 @@ def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mod
     plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     converted = given.to(_DTYPES[str(target)])
     return converted.view(plain[converted.itemsize]).numpy().view(unsigned[converted.itemsize])
+
+
+def _dot_as_the_hardware(
+    self: Any, a: Any, b: Any, total: Any, input_precision: Any, max_num_imprecise_acc: Any
+) -> Any:
+    """Products whose rounding does not depend on a row's place; the interpreter takes bfloat16's bits for integers."""
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = [_wide(operand) for operand in (a, b)]
+    return TensorHandle(np.matmul(*wide).astype(np.float32) + total.data, total.dtype.scalar)
+
+
+def _wide(operand: Any) -> Any:
+    name = str(operand.dtype.scalar)
+    given = torch.from_numpy(np.ascontiguousarray(operand.data))
+    return (given if given.is_floating_point() else given.view(_DTYPES[name])).double().numpy()

@@ -1,0 +1,102 @@
+"""The Triton FP8 products against float64, over ragged sizes, every epilogue, and both ways of cutting them up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, choose_config, dequantize, w8a8_matmul
+from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel, quantize_per_group, quantize_per_token
+
+SIZES = [(1, 64, 128), (3, 100, 200), (17, 96, 640), (64, 70, 1100), (65, 130, 144), (200, 300, 256)]
+
+
+def _check(got: torch.Tensor, exact: torch.Tensor, parts: torch.Tensor) -> None:
+    """got against the float64 result; parts: Σ |terms|, of which float32 loses a few last bits."""
+    assert bool(((got.cpu().double() - exact).abs() <= 4e-6 * parts + 1e-30).all())
+
+
+@pytest.mark.parametrize("epilogue", ["plain", "bias", "residual", "both"])
+@pytest.mark.parametrize("size", SIZES)
+def test_per_token_and_per_channel(size: tuple[int, int, int], epilogue: str, device: torch.device) -> None:
+    m, n, k = size
+    x, x_scale = quantize_per_token(torch.randn(m, k) * torch.logspace(-2, 2, m)[:, None])
+    w, w_scale = quantize_per_channel(torch.randn(n, k))
+    bias = torch.randn(n).bfloat16() if epilogue in ("bias", "both") else None
+    residual = torch.randn(m, n) if epilogue in ("residual", "both") else None
+    wide_x, wide_w = x.double() * x_scale.double(), w.double() * w_scale.double()
+    exact, parts = wide_x @ wide_w.T, wide_x.abs() @ wide_w.abs().T
+    for term in (bias, residual):
+        if term is not None:
+            exact, parts = exact + term.double(), parts + term.double().abs()
+    moved = [None if t is None else t.to(device) for t in (x, x_scale, w, w_scale, bias, residual)]
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    _check(w8a8_matmul(*moved, counters=counters), exact, parts)  # type: ignore[arg-type]
+    assert not counters.any(), "the counters are ready for the next product"
+    _check(w8a8_matmul(*moved, batch_invariant=True), exact, parts)  # type: ignore[arg-type]
+    rounded = w8a8_matmul(*moved, out_dtype=torch.bfloat16)  # type: ignore[arg-type]
+    torch.testing.assert_close(rounded.cpu().double(), exact, rtol=2**-8, atol=float(parts.max()) * 4e-6)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 32), (48, 256)])
+@pytest.mark.parametrize("size", SIZES)
+def test_per_block(size: tuple[int, int, int], block: tuple[int, int], device: torch.device) -> None:
+    m, n, k = size
+    x, x_scale = quantize_per_group(torch.randn(m, k), block[1])
+    w, w_scale = quantize_blocks(torch.randn(n, k) * torch.logspace(-1, 1, k), block)
+    wide_x = x.double() * x_scale.double().repeat_interleave(block[1], 1)[:, :k]
+    wide_w = dequantize(w, w_scale, block).double()
+    moved = [t.to(device) for t in (x, x_scale, w, w_scale)]
+    _check(block_fp8_matmul(*moved, block), wide_x @ wide_w.T, wide_x.abs() @ wide_w.abs().T)
+
+
+@pytest.mark.parametrize("block", [None, (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_wide_activations_meet_widened_codes(
+    size: tuple[int, int, int], dtype: torch.dtype, block: tuple[int, int] | None, device: torch.device
+) -> None:
+    m, n, k = size
+    x = torch.randn(m, k).to(dtype)
+    weight = torch.randn(n, k)
+    w, w_scale = quantize_per_channel(weight) if block is None else quantize_blocks(weight, block)
+    wide_w = dequantize(w, w_scale, block).double()
+    x, w, w_scale = x.to(device), w.to(device), w_scale.to(device)
+    got = w8a8_matmul(x, None, w, w_scale) if block is None else block_fp8_matmul(x, None, w, w_scale, block)
+    x = x.cpu().double()
+    _check(got, x @ wide_w.T, x.abs() @ wide_w.abs().T)
+
+
+def test_every_code_is_widened_exactly(device: torch.device) -> None:
+    """All 256 codes but the two NaNs, subnormals included, through a product with the identity."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)
+    w = codes.view(torch.float8_e4m3fn)[:, None].expand(256, 16).contiguous()
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)
+    x[0, 3] = 1
+    got = w8a8_matmul(x.to(device), None, w.to(device), torch.ones(256, 1, device=device))
+    assert torch.equal(got.cpu()[0], w[:, 3].float())
+
+
+def test_a_scale_per_tensor(device: torch.device) -> None:
+    x, w = torch.randn(5, 64).to(torch.float8_e4m3fn), torch.randn(40, 64).to(torch.float8_e4m3fn)
+    one, other = torch.tensor([0.5]), torch.tensor([[3.0]])
+    got = w8a8_matmul(*(t.to(device) for t in (x, one, w, other)))
+    torch.testing.assert_close(got.cpu().double(), x.double() @ w.double().T * 1.5, rtol=1e-5, atol=1e-4)
+
+
+def test_batch_invariance_is_exact(device: torch.device) -> None:
+    x, x_scale = quantize_per_token(torch.randn(130, 384))
+    w, w_scale = quantize_per_channel(torch.randn(72, 384))
+    x, x_scale, w, w_scale = (t.to(device) for t in (x, x_scale, w, w_scale))
+    whole = w8a8_matmul(x, x_scale, w, w_scale, batch_invariant=True)
+    for rows in (slice(0, 1), slice(3, 20), slice(60, 129)):
+        alone = w8a8_matmul(x[rows].contiguous(), x_scale[rows].contiguous(), w, w_scale, batch_invariant=True)
+        assert torch.equal(alone, whole[rows])
+
+
+def test_few_rows_split_k_so_that_the_card_is_busy() -> None:
+    for n, k in [(4096, 12288), (5120, 12288), (14336, 4096)]:
+        config = choose_config(1, n, k, 132, batch_invariant=False)
+        assert -(-n // config.block_n) * config.split_k >= 132
+        assert k / 128 / config.split_k >= 4
+    assert choose_config(4096, 4096, 4096, 132, batch_invariant=False).split_k == 1
