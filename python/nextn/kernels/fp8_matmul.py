@@ -2,9 +2,9 @@
 
 Floor: the weight's N · K bytes at small M, limited by memory; 2 · M · N · K FLOPs at large M, limited by arithmetic.
 
-One Triton kernel serves all of it. With few rows it computes the transposed product, so that the weight's rows fill the
-tensor cores' tall side, and splits K over several programs, of which the last to finish adds the others' partial sums in
-a fixed order. On cards without FP8 units, or for wide activations, codes are widened in registers.
+One Triton kernel serves all of it. With few rows it computes the transposed product, so that the weight's rows fill
+the tensor cores' tall side, and splits K over several programs, of which the last to finish adds the others' partial
+sums in a fixed order. On cards without FP8 units, or for wide activations, codes are widened in registers.
 """
 
 from __future__ import annotations

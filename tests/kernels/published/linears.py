@@ -27,14 +27,14 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
         for invariant in (False, True):
             yield (
                 f"{case} per channel, batch_invariant {invariant}",
-                lambda x=x, s=per_token, w=weight, last=last, n=n, invariant=invariant: w8a8_matmul(
+                lambda x=x, s=per_token, w=weight, last=last, n=n, invariant=invariant, out=out: w8a8_matmul(
                     x, s, w, scales(n, 1), *last, batch_invariant=invariant, **out
                 ),
             )
         blocks = scales(-(-n // 128), -(-k // 128))
         yield (
             f"{case} per block",
-            lambda x=x, s=per_group, w=weight, b=blocks, last=last: block_fp8_matmul(
+            lambda x=x, s=per_group, w=weight, b=blocks, last=last, out=out: block_fp8_matmul(
                 x, s, w, b, (128, 128), *last, **out
             ),
         )
