@@ -119,7 +119,7 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
         (["--skip-tokenizer-init", "--reasoning-parser", "glm45"], "--skip-tokenizer-init: leaves no text"),
         (["--prot", "1"], "--prot: there is no such flag; did you mean --port"),
         (["--model", "x"], "--model: there is no such flag"),
-        (["--mem-fraction-static", "0.9"], "--mem-fraction-static: there is no such flag"),
+        (["--attention-backend", "triton"], "--attention-backend: there is no such flag"),
         (["--no-port"], "--no-port: there is no such flag"),
         (["--port"], "--port: expected one argument"),
         (["a-model"], "unrecognized arguments: a-model"),

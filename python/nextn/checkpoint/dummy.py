@@ -8,14 +8,16 @@ import torch
 
 
 def fill_dummy(slots: Iterable[tuple[str, torch.Tensor]], seed: int) -> None:
-    """Fill every slot with seeded random values that keep activations finite and of order one.
+    """Fill every slot, on its device, with seeded random values that keep activations finite and of order one.
 
     Norms are near 1, biases small, weights of variance 1 / in_features; FP8 codes of order 100 with scales to match.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
     fan_in = 1
     for name, view in slots:
-        noise = torch.randn(view.shape, generator=generator)
+        if view.device not in generators:
+            generators[view.device] = torch.Generator(view.device).manual_seed(seed)
+        noise = torch.randn(view.shape, generator=generators[view.device], device=view.device)
         if name.endswith("norm.weight"):
             view.copy_(1 + 0.1 * noise)
         elif name.endswith("_scale") or name.endswith("_scale_inv"):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 
+MAX_OPEN_FILES = 2
+
 
 class TensorReader(Protocol):
     def __call__(self, name: str) -> torch.Tensor: ...
@@ -71,23 +73,36 @@ class CheckpointIndex:
 
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
-        """A function that reads one tensor by name; each file is opened once, and only what is asked for is read."""
+        """A function that reads one tensor by name, and nothing else.
+
+        Never more than MAX_OPEN_FILES are mapped into memory, the latest used; ask for tensors file by file.
+        """
         from safetensors import SafetensorError, safe_open
 
-        with ExitStack() as stack:
-            handles: dict[Path, Any] = {}
+        handles: dict[Path, tuple[Any, ExitStack]] = {}
 
-            def read(name: str) -> torch.Tensor:
-                info = self.tensors[name]
-                try:
-                    if info.file not in handles:
-                        handles[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
-                    tensor: torch.Tensor = handles[info.file].get_tensor(name)
-                except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
-                return tensor
+        def handle_of(file: Path) -> Any:
+            if file not in handles:
+                if len(handles) == MAX_OPEN_FILES:
+                    handles.pop(next(iter(handles)))[1].close()
+                stack = ExitStack()
+                handles[file] = (stack.enter_context(safe_open(file, framework="pt")), stack)
+            handles[file] = handles.pop(file)  # now the latest
+            return handles[file][0]
 
+        def read(name: str) -> torch.Tensor:
+            info = self.tensors[name]
+            try:
+                tensor: torch.Tensor = handle_of(info.file).get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
+            return tensor
+
+        try:
             yield read
+        finally:
+            for _, stack in handles.values():
+                stack.close()
 
 
 def _read_index(folder: Path) -> dict[str, str]:

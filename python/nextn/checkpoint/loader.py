@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from nextn.checkpoint.dummy import fill_dummy
 from nextn.checkpoint.index import CheckpointIndex, TensorReader
@@ -22,6 +23,9 @@ from nextn.models.glm4_moe import Glm4MoeForCausalLM
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_BYTES = 2**30
+"""From this size on, loading shows how far it is."""
 
 Model = Glm4MoeForCausalLM | Glm4MoeForCausalLMNextN
 
@@ -39,7 +43,7 @@ def load_model(
 ) -> LoadedModel:
     """Load what the engine serves.
 
-    dtype: computing type of the CPU; weights are expanded to it
+    dtype: computing type; on a CPU weights are expanded to it, on a GPU they stay as they are stored
     want_draft: True loads the NextN layer or stops, False leaves it out, None loads it where config.json names one
     Raises CheckpointError, QuantizationError or ConfigError, naming the tensor or field and the remedy.
     """
@@ -55,7 +59,7 @@ def load_model(
         _fill(draft, plan.draft.source.index, plan.draft.layout, engine_config.random_seed)
     for model in (target, draft):
         if model is not None:
-            prepare_weights(model)
+            prepare_weights(model, batch_invariant=engine_config.batch_invariant)
     return LoadedModel(plan.source.config, target, draft, plan.report)
 
 
@@ -77,13 +81,17 @@ def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int
         return
     expected = {tensor.name: tensor for tensor in layout.tensors()}
     unwritten = dict(expected)
-    with index.reader() as read:
-        for name, view in model.weight_slots():
+    slots = sorted(model.weight_slots(), key=lambda slot: index.tensors[slot[0]].file.name)  # one file after another
+    num_bytes = sum(view.nbytes for _, view in slots)
+    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="loading", disable=num_bytes < PROGRESS_BYTES)
+    with index.reader() as read, bar:
+        for name, view in slots:
             tensor = unwritten.pop(name)
             if tensor.scheme.is_quantized and tensor.role == "weight" and view.dtype != torch.float8_e4m3fn:
                 view.copy_(_dequantized(tensor, expected, unwritten, read))
             else:
                 view.copy_(_read(tensor, read).view(view.shape))
+            bar.update(view.nbytes)
     assert not unwritten, f"the model has no slot for {next(iter(unwritten))}"
 
 

@@ -13,7 +13,15 @@ class EngineConfig:
     model_path: a folder in the Hugging Face layout
     draft_model_path: take the NextN layer from this folder instead of ``model_path``
     draft_quantization: None keeps what the loader detects; "unquant" dequantizes; else a method's name
-    dtype: computing type of what is not quantized; "auto" is float32 on CPU
+    device: "auto" is the GPU where there is one
+    dtype: computing type of what is not quantized; "auto" is float32 on a CPU, bfloat16 on a GPU
+    kv_cache_dtype: "auto" is the computing type
+    batch_invariant: on a GPU, sum in an order that does not depend on what else is in the batch
+    mem_fraction_static: share of a GPU's memory for weights, KV and what computing takes
+    cuda_graph_max_bs: most sequences of a step that is recorded as a CUDA graph; None is max_running_requests
+    enable_cuda_graph: whether decode steps are recorded; enable_overlap: whether the next is launched before the last
+        one's tokens are read
+    decode_on_device: take a GPU's way of decoding on a CPU too; slower there, for tests
     context_length: None takes max_position_embeddings
     max_total_tokens: KV slots in all; None picks a size from memory
     chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts
@@ -26,7 +34,15 @@ class EngineConfig:
     model_path: str
     draft_model_path: str | None = None
     load_format: Literal["auto", "dummy"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"
+    batch_invariant: bool = False
+    mem_fraction_static: float = 0.9
+    cuda_graph_max_bs: int | None = None
+    enable_cuda_graph: bool = True
+    enable_overlap: bool = True
+    decode_on_device: bool = False
     quantization: str | None = None
     draft_quantization: str | None = None
     context_length: int | None = None

@@ -57,11 +57,19 @@ class ServerArgs:
     dtype: str = _option(
         "auto",
         _MODEL,
-        "computing type of what is not quantized; auto is float32 on CPU",
+        "computing type of what is not quantized; auto is float32 on a CPU, bfloat16 on a GPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantization: str | None = _option(
         None, _MODEL, "require this method; default: as detected", choices=("compressed-tensors", "fp8"), kind=str
+    )
+
+    device: str = _option("auto", _MODEL, "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))
+    kv_cache_dtype: str = _option(
+        "auto", _MODEL, "type of stored keys and values; auto: the computing type", choices=("auto", "fp8_e4m3")
+    )
+    enable_deterministic_inference: bool = _option(
+        False, _MODEL, "on a GPU, the same tokens whatever else is in the batch; slower"
     )
 
     max_running_requests: int = _option(64, _SCHEDULE, "requests computed at once", least=1, most=4096)
@@ -73,6 +81,16 @@ class ServerArgs:
     schedule_policy: str = _option("fcfs", _SCHEDULE, "order of waiting requests", choices=("fcfs", "priority"))
     page_size: int = _option(16, _SCHEDULE, "tokens per KV page", least=1, most=1024)
     disable_radix_cache: bool = _option(False, _SCHEDULE, "do not reuse the KV of shared prefixes")
+    mem_fraction_static: float = _option(
+        0.9, _SCHEDULE, "share of a GPU's memory to use, the KV pool included", least=0.1, most=0.99
+    )
+    cuda_graph_max_bs: int | None = _option(
+        None, _SCHEDULE, "most sequences of a recorded step; default: all that run", kind=int, least=1, most=4096
+    )
+    disable_cuda_graph: bool = _option(False, _SCHEDULE, "launch every kernel of a step from the CPU")
+    disable_overlap_schedule: bool = _option(
+        False, _SCHEDULE, "read a step's tokens from the GPU before the next is launched"
+    )
 
     speculative_algorithm: str | None = _option(
         None,
@@ -188,7 +206,14 @@ class ServerArgs:
             model_path=model_path,
             draft_model_path=self.speculative_draft_model_path,
             load_format=_literal(self.load_format),
+            device=_literal(self.device),
             dtype=_literal(self.dtype),
+            kv_cache_dtype=_literal(self.kv_cache_dtype),
+            batch_invariant=self.enable_deterministic_inference,
+            mem_fraction_static=self.mem_fraction_static,
+            cuda_graph_max_bs=self.cuda_graph_max_bs,
+            enable_cuda_graph=not self.disable_cuda_graph,
+            enable_overlap=not self.disable_overlap_schedule,
             quantization=self.quantization,
             draft_quantization=None if override == UNSET else override,
             context_length=self.context_length,

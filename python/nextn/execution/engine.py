@@ -14,18 +14,16 @@ from nextn.checkpoint.loader import load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import RequestError
 from nextn.execution.counters import Counters
-from nextn.execution.memory import kv_bytes_per_token, make_kv_cache, num_pages_for
+from nextn.execution.device import choose_device, computing_dtype
 from nextn.execution.outputs import check_request, output_of, refusal
 from nextn.execution.rehearsal import run_canary, warm_up
-from nextn.execution.step import run_step
+from nextn.execution.runners import make_pool, make_stepper
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
-from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.monitor import AcceptanceMonitor
 from nextn.speculative.policy import DraftLengthPolicy
-from nextn.speculative.proposer import NextNProposer
 from nextn.speculative.shadow import ShadowCheck
 
 DEFAULT_NUM_DRAFT_STEPS = 3
@@ -46,41 +44,21 @@ class Engine:
         Raises CheckpointError or ConfigError, whose message says what to change.
         """
         started = time.monotonic()
-        device = torch.device("cpu")
         self.config = config
-        self._loaded = load_model(config, device=device, dtype=_dtype(config.dtype), want_draft=config.wants_draft)
+        device = choose_device(config.device)
+        dtype = computing_dtype(config, device)
+        self._loaded = load_model(config, device=device, dtype=dtype, want_draft=config.wants_draft)
         model_config, draft = self._loaded.model_config, self._loaded.draft
         num_drafts = config.num_draft_steps
-        self._policy: DraftLengthPolicy | None = None
+        policy: DraftLengthPolicy | None = None
         if num_drafts is None:
             num_drafts = DEFAULT_NUM_DRAFT_STEPS if draft is not None else 0
-            self._policy = DraftLengthPolicy(MAX_NUM_DRAFT_STEPS) if draft is not None else None
-        self.max_draft_steps = num_drafts if self._policy is None else MAX_NUM_DRAFT_STEPS
-
-        context = config.context_length or model_config.max_position_embeddings
-        num_layers = model_config.num_hidden_layers + (draft is not None)
-        dtype = self._loaded.target.dtype
-        num_pages = num_pages_for(
-            model_config,
-            has_draft=draft is not None,
-            dtype=dtype,
-            page_size=config.page_size,
-            max_total_tokens=config.max_total_tokens,
-            wanted_tokens=config.max_running_requests * (context + config.page_size),
-        )
-        self.context_length = min(context, num_pages * config.page_size)
+            policy = DraftLengthPolicy(MAX_NUM_DRAFT_STEPS) if draft is not None else None
+        self.max_draft_steps = num_drafts if policy is None else MAX_NUM_DRAFT_STEPS
+        pool = make_pool(config, self._loaded, self.max_draft_steps, dtype=dtype, device=device)
+        self.context_length = pool.context_length
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = tuple(model_config.eos_token_ids)
-        kv_cache = make_kv_cache(
-            model_config,
-            num_layers=num_layers,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            dtype=dtype,
-            device=device,
-        )
-        proposer = None if draft is None else NextNProposer(draft, kv_cache)
-        self._cycle = SpeculativeCycle(self._loaded.target, proposer, kv_cache, page_size=config.page_size)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_running=config.max_running_requests,
@@ -91,21 +69,16 @@ class Engine:
                 by_priority=config.schedule_policy == "priority",
                 eos_token_ids=self.eos_token_ids,
             ),
-            KVPages(num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
+            KVPages(pool.num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
         )
         self._counters = Counters(self.max_draft_steps)
+        self._stepper = make_stepper(config, self._loaded, pool, self.scheduler, policy, self.max_draft_steps)
         warm_up(
-            self.scheduler,
-            self._cycle,
-            self._policy,
-            vocab_size=self.vocab_size,
-            page_size=config.page_size,
-            context_length=self.context_length,
+            self._stepper, vocab_size=self.vocab_size, page_size=config.page_size, context_length=self.context_length
         )
         self._canary = run_canary(
             config,
-            self.scheduler,
-            self._cycle,
+            self._stepper,
             max_drafts=self.max_draft_steps,
             vocab_size=self.vocab_size,
             context_length=self.context_length,
@@ -117,15 +90,15 @@ class Engine:
         )
         self._shadow: ShadowCheck | None = None
         if config.shadow_rate:
-            self._shadow = ShadowCheck(self._loaded.target, kv_cache, self.scheduler.pages, config.shadow_rate)
+            self._shadow = ShadowCheck(self._loaded.target, pool.kv_cache, self.scheduler.pages, config.shadow_rate)
         self.load_seconds = time.monotonic() - started
         logger.info(
             "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
             self._loaded.report.as_table(),
-            num_pages * config.page_size,
-            num_pages,
-            num_pages * config.page_size * kv_bytes_per_token(model_config, dtype, has_draft=draft is not None) / 2**20,
-            num_drafts if self._policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
+            pool.num_pages * config.page_size,
+            pool.num_pages,
+            pool.num_pages * config.page_size * pool.bytes_per_token / 2**20,
+            num_drafts if policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )
 
@@ -169,7 +142,7 @@ class Engine:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
         if self._shadow is not None:
             self._shadow.make_way(self.scheduler.num_pages_wanted)
-        steps = run_step(self.scheduler, self._cycle, self._policy)
+        steps = self._stepper.step()
         outputs = []
         for extend, decision, kept, is_first in steps:
             self._counters.count(extend, decision, kept, is_first=is_first)
@@ -230,11 +203,11 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """Plain values for /get_server_info: configuration, load report, and figures so far."""
-        stats = self.stats()
+        stats, policy = self.stats(), self._stepper.policy
         return {
             "engine_config": asdict(self.config),
             "num_draft_steps": self.max_draft_steps,
-            "draft_policy": None if self._policy is None else {"acceptance": list(self._policy.acceptance)},
+            "draft_policy": None if policy is None else {"acceptance": list(policy.acceptance)},
             "context_length": self.context_length,
             "max_total_tokens": stats.num_pages * stats.page_size,
             "load_report": self._loaded.report.as_dict(),
@@ -245,13 +218,3 @@ class Engine:
             "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),
         }
-
-
-def _dtype(name: str) -> torch.dtype:
-    """The computing type on CPU."""
-    return {
-        "auto": torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[name]

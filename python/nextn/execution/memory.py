@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -14,30 +15,27 @@ CPU_KV_FRACTION = 0.25
 """Share of the machine's free memory that the KV pool may grow to on a CPU (pages are touched only when used)."""
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, has_draft: bool) -> int:
-    """Bytes of K and V that one token takes in all layers, and of the hidden state that is kept for the draft layer."""
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, *, has_draft: bool) -> int:
+    """Bytes of K and V that one token takes in all layers, and of the hidden state that is kept for the draft layer.
+
+    dtype: of hidden states; kv_dtype: of keys and values
+    """
     num_layers = config.num_hidden_layers + has_draft
-    values = 2 * num_layers * config.num_key_value_heads * config.head_dim + has_draft * config.hidden_size
-    return values * dtype.itemsize
+    of_kv = 2 * num_layers * config.num_key_value_heads * config.head_dim * kv_dtype.itemsize
+    return of_kv + has_draft * config.hidden_size * dtype.itemsize
 
 
 def num_pages_for(
-    config: ModelConfig,
-    *,
-    has_draft: bool,
-    dtype: torch.dtype,
-    page_size: int,
-    max_total_tokens: int | None,
-    wanted_tokens: int,
+    *, bytes_per_token: int, page_size: int, max_total_tokens: int | None, wanted_tokens: int, free_bytes: int
 ) -> int:
     """Pages in the KV pool: what the user fixed, else what ``wanted_tokens`` needs as far as memory allows.
 
+    free_bytes: what the pool may take
     Raises ConfigError if the pool could not hold two pages.
     """
     tokens = max_total_tokens
     if tokens is None:
-        affordable = int(_free_memory() * CPU_KV_FRACTION) // kv_bytes_per_token(config, dtype, has_draft=has_draft)
-        tokens = min(wanted_tokens, affordable)
+        tokens = min(wanted_tokens, max(free_bytes, 0) // bytes_per_token)
     if tokens < 2 * page_size:
         raise ConfigError(
             f"--max-total-tokens: the KV pool would hold {tokens} tokens; expected at least two pages of "
@@ -46,14 +44,71 @@ def num_pages_for(
     return tokens // page_size
 
 
-def _free_memory() -> int:
-    """Bytes of physical memory that are free or can be freed at once."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def free_for_kv_on_cpu() -> int:
+    """Bytes of physical memory that the KV pool may take: a share of what is free or can be freed at once."""
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_KV_FRACTION)
 
 
 def make_kv_cache(
     config: ModelConfig, *, num_layers: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    """Zeroed K and V, each [num_layers, num_pages, page_size, num_key_value_heads, head_dim]."""
-    shape = (num_layers, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+    """Zeroed K and V, each [num_layers, num_pages + 1, page_size, num_key_value_heads, head_dim].
+
+    The last page is a scratch page: rows that only fill a batch up write there.
+    """
+    shape = (num_layers, num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
     return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a GPU's memory is used for, in bytes.
+
+    usable: total · mem_fraction_static; others: what other programs hold of the GPU
+    weights: of target and draft; activations: the most that computing a prompt chunk takes; graphs: the most that a
+        decode step takes, which recordings keep
+    """
+
+    total: int
+    fraction: float
+    others: int
+    weights: int
+    activations: int
+    graphs: int
+
+    @property
+    def usable(self) -> int:
+        return int(self.total * self.fraction)
+
+    @property
+    def kv(self) -> int:
+        """What is left for KV; below zero where the rest does not fit."""
+        return self.usable - self.others - self.weights - self.activations - self.graphs
+
+    def check(self, kv_bytes_per_token: int, needed_tokens: int) -> None:
+        """Raises ConfigError if there is no room for ``needed_tokens`` tokens, with what to change."""
+        needed = kv_bytes_per_token * needed_tokens
+        if self.kv >= needed:
+            return
+        raise ConfigError(
+            f"--mem-fraction-static: {self.fraction:g} of {_gib(self.total)} leaves {_gib(self.kv)} for KV, expected "
+            f"at least {_gib(needed)} for {needed_tokens} tokens\n{self.as_table()}\n"
+            "raise --mem-fraction-static (at most 0.99), use --kv-cache-dtype fp8_e4m3, lower --chunked-prefill-size, "
+            "--cuda-graph-max-bs or --max-running-requests, or add GPUs with --tp-size"
+        )
+
+    def as_table(self) -> str:
+        parts = [
+            ("weights", self.weights),
+            ("activations of a prompt chunk", self.activations),
+            ("CUDA graphs of decode steps", self.graphs),
+            ("other programs", self.others),
+            ("KV pool", max(self.kv, 0)),
+            (f"kept free (1 - {self.fraction:g})", self.total - self.usable),
+        ]
+        rows = [f"  {name:<32}{_gib(size):>12}{size / self.total:>8.1%}" for name, size in parts]
+        return "\n".join([f"GPU memory: {_gib(self.total)}", *rows])
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

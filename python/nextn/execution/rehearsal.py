@@ -8,14 +8,12 @@ from pathlib import Path
 
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import CheckpointError
-from nextn.execution.step import run_step
+from nextn.execution.step import Stepper
 from nextn.protocol.draft_health import CanaryResult
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
-from nextn.scheduler.scheduler import Scheduler
 from nextn.speculative.canary import MAX_NEW_TOKENS, NUM_DRAFTS, canary_prompts, judge, skipped
-from nextn.speculative.cycle import SpeculativeCycle
-from nextn.speculative.policy import TRIES_AT_FIRST, DraftLengthPolicy
+from nextn.speculative.policy import TRIES_AT_FIRST
 
 WARM_UP_TOKENS = 8
 
@@ -23,59 +21,49 @@ logger = logging.getLogger(__name__)
 
 
 def rehearse(
-    scheduler: Scheduler,
-    cycle: SpeculativeCycle,
+    stepper: Stepper,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    policy: DraftLengthPolicy | None = None,
     num_drafts: int | None = None,
     ignore_eos: bool = False,
 ) -> list[tuple[int, int]]:
     """Decode the prompts greedily, and leave scheduler and prefix cache as they were.
 
     prompts: each fits the context together with max_new_tokens
-    policy, num_drafts: see ``run_step``
+    num_drafts: see ``Stepper.step``
     Returns (drafted, accepted) of every step that drafted.
     """
     sampling = TokenSampling(max_new_tokens=max_new_tokens, seed=0, temperature=0.0, ignore_eos=ignore_eos)
+    scheduler = stepper.scheduler
     for i, ids in enumerate(prompts):
         scheduler.add(AddRequest(rid=f"rehearsal-{i}", input_ids=ids, sampling=sampling))
     outcomes: list[tuple[int, int]] = []
     while scheduler.has_work:
-        steps = run_step(scheduler, cycle, policy, num_drafts)
+        steps = stepper.step(num_drafts)
         outcomes += [(s.extend.num_drafts, s.decision.num_accepted) for s in steps if s.extend.num_drafts]
     scheduler.pages.flush()
     scheduler.num_preemptions = 0
     return outcomes
 
 
-def warm_up(
-    scheduler: Scheduler,
-    cycle: SpeculativeCycle,
-    policy: DraftLengthPolicy | None,
-    *,
-    vocab_size: int,
-    page_size: int,
-    context_length: int,
-) -> None:
+def warm_up(stepper: Stepper, *, vocab_size: int, page_size: int, context_length: int) -> None:
     """Run a short request through every part, so that the first user does not pay for lazy initialisation.
 
     It is as long as the policy needs to time every number of drafts, were all of them accepted.
     """
-    wanted = WARM_UP_TOKENS
+    wanted, policy = WARM_UP_TOKENS, stepper.policy
     if policy is not None:
         wanted = TRIES_AT_FIRST * (policy.max_drafts + 1) * (policy.max_drafts + 2)
     max_new_tokens = min(wanted, context_length - page_size)
     if max_new_tokens > 0:
         prompt = [i % vocab_size for i in range(page_size)]
-        rehearse(scheduler, cycle, [prompt], max_new_tokens=max_new_tokens, policy=policy, ignore_eos=True)
+        rehearse(stepper, [prompt], max_new_tokens=max_new_tokens, ignore_eos=True)
 
 
 def run_canary(
     config: EngineConfig,
-    scheduler: Scheduler,
-    cycle: SpeculativeCycle,
+    stepper: Stepper,
     *,
     max_drafts: int,
     vocab_size: int,
@@ -86,7 +74,7 @@ def run_canary(
     max_drafts: 0 where nothing drafts
     Raises CheckpointError if the draft is sick and the operator wants no such server.
     """
-    result = _try_draft(config, scheduler, cycle, max_drafts, vocab_size, context_length)
+    result = _try_draft(config, stepper, max_drafts, vocab_size, context_length)
     if result.verdict != "sick":
         logger.info("%s", result.message)
         return result
@@ -101,8 +89,7 @@ def run_canary(
 
 def _try_draft(
     config: EngineConfig,
-    scheduler: Scheduler,
-    cycle: SpeculativeCycle,
+    stepper: Stepper,
     max_drafts: int,
     vocab_size: int,
     context_length: int,
@@ -122,5 +109,5 @@ def _try_draft(
     if longest > context_length or max(map(max, prompts)) >= vocab_size:
         return skipped(f"its prompts need {longest} tokens of context and the tokenizer of this model")
     num_drafts = min(NUM_DRAFTS, max_drafts)
-    outcomes = rehearse(scheduler, cycle, prompts, max_new_tokens=MAX_NEW_TOKENS, num_drafts=num_drafts)
+    outcomes = rehearse(stepper, prompts, max_new_tokens=MAX_NEW_TOKENS, num_drafts=num_drafts)
     return judge(outcomes, num_drafts, time.monotonic() - started)

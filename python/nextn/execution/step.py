@@ -1,12 +1,16 @@
-"""One step of scheduler, policy and cycle: what is computed, what becomes of it, and what it taught."""
+"""One step of scheduler, policy and model: what is computed, what becomes of it, and what it taught."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from nextn.execution.decode_runner import DecidedTokens, DecodeBatch, DecodeRunner
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler
+from nextn.scheduler.sequence import Sequence, Status
 from nextn.speculative.cycle import SpeculativeCycle
+from nextn.speculative.decode_state import SlotMirror
 from nextn.speculative.policy import DraftLengthPolicy
 
 
@@ -23,36 +27,191 @@ class Progress(NamedTuple):
     is_first: bool
 
 
-def run_step(
-    scheduler: Scheduler, cycle: SpeculativeCycle, policy: DraftLengthPolicy | None, num_drafts: int | None = None
-) -> list[Progress]:
-    """Run one cycle over everything that can run.
+@dataclass(frozen=True)
+class _Launched:
+    """A decode step under way. wanted: drafts asked for, by sequence; started: seconds, as perf_counter."""
 
-    policy: chooses the number of drafts, and hears of the step
-    num_drafts: without a policy, the number of drafts; None is what the scheduler's config says
+    seqs: list[Sequence]
+    wanted: list[int]
+    num_drafts: int
+    tokens: DecidedTokens
+    started: float
+
+
+class Stepper:
+    """Runs steps over everything that can run.
+
+    Steps in which all sequences only decode go to the decode runner, where there is one. With overlap the next of them
+    is launched before the tokens of the last are looked at; a sequence that has ended meanwhile is computed once more
+    for nothing. The device works in the order of launches, so whoever gets its pages writes them later.
     """
-    if policy is not None:
-        num_decoding = scheduler.num_decoding
-        num_drafts = policy.choose(max(num_decoding, 1), will_be_timed=num_decoding > 0)
-    extends = scheduler.schedule(num_drafts)
-    if not extends:
-        return []
-    started = time.perf_counter()
-    decisions = cycle.run(extends)
-    num_prompt_tokens = sum(extend.num_tokens for extend in extends if not (extend.decides and extend.seq.num_output))
-    if policy is not None:
-        _tell_time(policy, extends, decisions, time.perf_counter() - started, num_prompt_tokens)
-    progress = []
-    for extend, decision in zip(extends, decisions, strict=True):
-        is_first = extend.seq.num_output == 0
-        kept = scheduler.commit(extend, decision)
-        if policy is not None and extend.num_drafts:
-            # Drafts beyond the end of a request were accepted for nothing.
-            policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
-        progress.append(Progress(extend, decision, kept, is_first))
-    if policy is not None:
-        policy.observe_traffic(num_prompt_tokens, sum(len(one.kept) for one in progress))
-    return progress
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cycle: SpeculativeCycle,
+        policy: DraftLengthPolicy | None,
+        runner: DecodeRunner | None = None,
+        *,
+        overlap: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.policy = policy
+        self._cycle = cycle
+        self._runner = runner
+        self._overlap = overlap
+        self._mirror = SlotMirror()
+        self._launched: _Launched | None = None
+        self._next_choice: int | None = None
+        self._last_end = 0.0
+
+    def step(self, num_drafts: int | None = None) -> list[Progress]:
+        """Run one step, or read what the last one decided while the next is under way.
+
+        num_drafts: of every sequence that allows it; the policy then neither chooses nor hears of the step. None leaves
+            it to the policy, or to the scheduler's config where there is none
+        """
+        policy = self.policy if num_drafts is None else None
+        launched, self._launched = self._launched, None
+        if launched is not None and any(seq.status is Status.RUNNING for seq in launched.seqs):
+            if self._overlap:
+                self._launched = self._follow(launched, policy, num_drafts)
+            return self._read(launched, policy)
+        chosen = self._choose(policy, num_drafts)
+        extends = self.scheduler.schedule(chosen)
+        if not extends:
+            return []
+        launched = self._launch(extends, chosen)
+        if launched is None:
+            return self._run(extends, policy)
+        if self._overlap:
+            self._launched = launched
+            return []
+        return self._read(launched, policy)
+
+    def _choose(self, policy: DraftLengthPolicy | None, num_drafts: int | None) -> int | None:
+        if policy is None:
+            return num_drafts
+        chosen, self._next_choice = self._next_choice, None
+        if chosen is None:
+            num_decoding = self.scheduler.num_decoding
+            chosen = policy.choose(max(num_decoding, 1), will_be_timed=num_decoding > 0)
+        return chosen
+
+    def _run(self, extends: list[Extend], policy: DraftLengthPolicy | None) -> list[Progress]:
+        """Compute a step of any kind, and wait for it."""
+        started = time.perf_counter()
+        decisions = self._cycle.run(extends)
+        self._last_end = time.perf_counter()
+        num_prompt_tokens = sum(e.num_tokens for e in extends if not (e.decides and e.seq.num_output))
+        # Where decode steps have a runner, one that was not for it says nothing about those that are.
+        if policy is not None and (self._runner is None or num_prompt_tokens):
+            _tell_time(policy, extends, decisions, self._last_end - started, num_prompt_tokens)
+        return self._commit(extends, decisions, policy, num_prompt_tokens)
+
+    def _launch(self, extends: list[Extend], chosen: int | None) -> _Launched | None:
+        """Start a step of the decode runner; None if it is not one for it."""
+        if self._runner is None or not all(extend.seq.is_decoding and _is_plain(extend.seq) for extend in extends):
+            return None
+        seqs = [extend.seq for extend in extends]
+        wanted = [self.scheduler.wanted_drafts(seq, chosen) for seq in seqs]
+        num_drafts = max(wanted)
+        for seq in seqs:
+            if num_drafts and seq.num_computed - seq.num_draft_computed > num_drafts:
+                return None  # more entries of the draft layer are missing than the step makes
+            if not self._has_room(seq, len(seq.tokens) + num_drafts):
+                return None
+        return self._start(seqs, wanted, is_ahead=False)
+
+    def _follow(
+        self, launched: _Launched, policy: DraftLengthPolicy | None, num_drafts: int | None
+    ) -> _Launched | None:
+        """Start the next step of the same sequences while one is under way; None if that is not certain to be right."""
+        seqs, scheduler = launched.seqs, self.scheduler
+        if scheduler.may_admit or len(seqs) != len(scheduler.running):
+            return None
+        if any(seq.status is not Status.RUNNING for seq in seqs):
+            return None
+        if all(seq.max_new_tokens - seq.num_output <= 1 for seq in seqs):
+            return None  # they all end with the step that is under way
+        chosen = self._choose(policy, num_drafts)
+        wanted = [scheduler.wanted_drafts(seq, chosen) for seq in seqs]
+        # What is under way may add a chain and a token; the next step writes a chain behind them.
+        ahead = 2 * launched.num_drafts + 1
+        if max(wanted) != launched.num_drafts or not all(self._has_room(seq, len(seq.tokens) + ahead) for seq in seqs):
+            self._next_choice = chosen if policy is not None else None  # for the step that is scheduled anew
+            return None
+        return self._start(seqs, wanted, is_ahead=True)
+
+    def _has_room(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether the context holds so many tokens of a sequence, and there are pages for them; then it has them."""
+        return num_tokens <= self.scheduler.context_length and self.scheduler.pages.grow(seq, num_tokens)
+
+    def _start(self, seqs: list[Sequence], wanted: list[int], *, is_ahead: bool) -> _Launched:
+        assert self._runner is not None, "the caller has looked"
+        patches = [self._mirror.patch(seq, is_ahead=is_ahead) for seq in seqs]
+        batch = DecodeBatch(
+            slots=[seq.slot for seq in seqs],
+            wanted_drafts=wanted,
+            num_drafts=max(wanted),
+            is_greedy=all(seq.request.sampling.is_greedy for seq in seqs),
+            patches=[patch for patch in patches if patch is not None],
+        )
+        started = time.perf_counter()
+        return _Launched(seqs, wanted, batch.num_drafts, self._runner.launch(batch), started)
+
+    def _read(self, launched: _Launched, policy: DraftLengthPolicy | None) -> list[Progress]:
+        """Wait for a decode step and commit what it decided for the sequences that still run."""
+        decided = launched.tokens.read()
+        now = time.perf_counter()
+        seconds, self._last_end = now - max(launched.started, self._last_end), now
+        extends: list[Extend] = []
+        decisions: list[Decision] = []
+        for seq, wanted, tokens in zip(launched.seqs, launched.wanted, decided, strict=True):
+            if seq.status is not Status.RUNNING:
+                continue
+            num_drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0)
+            extend = Extend(seq, seq.num_computed, 1, num_drafts, decides=True, wants_drafts=wanted > 0)
+            done = extend.end if launched.num_drafts else seq.num_draft_computed
+            extends.append(extend)
+            decisions.append(Decision(tokens, len(tokens) - 1, num_draft_computed=done))
+        if policy is not None:
+            policy.observe(len(launched.seqs), launched.num_drafts, seconds, 0)
+        progress = self._commit(extends, decisions, policy, 0)
+        for one in progress:
+            if one.extend.seq.status is Status.RUNNING:
+                self._mirror.advance(one.extend.seq)
+        return progress
+
+    def _commit(
+        self,
+        extends: list[Extend],
+        decisions: list[Decision],
+        policy: DraftLengthPolicy | None,
+        num_prompt_tokens: int,
+    ) -> list[Progress]:
+        progress = []
+        for extend, decision in zip(extends, decisions, strict=True):
+            is_first = extend.seq.num_output == 0
+            kept = self.scheduler.commit(extend, decision)
+            if policy is not None and extend.num_drafts:
+                # Drafts beyond the end of a request were accepted for nothing.
+                policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
+            progress.append(Progress(extend, decision, kept, is_first))
+        if policy is not None:
+            policy.observe_traffic(num_prompt_tokens, sum(len(one.kept) for one in progress))
+        return progress
+
+
+def _is_plain(seq: Sequence) -> bool:
+    """Whether the decode runner chooses the sequence's tokens as the request asks."""
+    request, sampling = seq.request, seq.request.sampling
+    return (
+        request.num_top_logprobs is None
+        and not sampling.has_penalties
+        and not sampling.logit_bias
+        and seq.num_output >= sampling.min_new_tokens
+    )
 
 
 def _tell_time(

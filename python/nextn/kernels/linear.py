@@ -1,7 +1,8 @@
 """x Wᵀ + b.
 
-Floor: the weight's bytes, read once, until M reaches a few rows; then 2 · M · N · K FLOPs. The compiled kernel keeps
-FP8 codes and bfloat16 values as they are, so that a small model stays in a CPU's cache; torch multiplies float32.
+Floor: the weight's bytes, read once, until M reaches a few rows; then 2 · M · N · K FLOPs. On a GPU weights stay as the
+checkpoint stores them. On a CPU the compiled kernel keeps FP8 codes and bfloat16 values as they are, so that a small
+model stays in its cache; torch multiplies float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from nextn.kernels import native
+from nextn.kernels import gpu, native
+from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul, wide_matmul
+from nextn.kernels.fp8_quantize import quantize_per_group, quantize_per_token
 
 MAX_NATIVE_ELEMENTS = 4 * 2**20
 """Larger weights are left to torch, which shares a product among all cores."""
@@ -46,6 +49,77 @@ class PackedWeight:
         return self.weight.shape[0]
 
 
+@dataclass(frozen=True)
+class InputFormat:
+    """FP8 activations with a scale per token, or per token and group of ``group_size`` columns."""
+
+    group_size: int | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations on their way into a product, from a kernel that has quantized them in the same pass.
+
+    q: [M, K] float8_e4m3fn and scale: [M, 1] or [M, ⌈K / group_size⌉] float32
+    wide: [M, K], the same before; None where nobody reads it
+    dtype: the computing type
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    wide: torch.Tensor | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A linear's weight on a GPU, as the checkpoint stores it.
+
+    weight: [N, K] float8_e4m3fn, or the computing type; bias: [N] or None
+    scale: [N, 1], or with ``block`` [⌈N / block_n⌉, ⌈K / block_k⌉] float32; None where the weight is not quantized
+    quantizes_input: whether activations are quantized too: per token, or per group of block_k
+    batch_invariant: sum in an order that does not depend on the number of rows
+    counters: what products that split K count with (see ``fp8_matmul``)
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None
+    block: tuple[int, int] | None
+    quantizes_input: bool
+    batch_invariant: bool
+    counters: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def input_format(self) -> InputFormat | None:
+        """How its activations should come; None for wide."""
+        return InputFormat(None if self.block is None else self.block[1]) if self.quantizes_input else None
+
+
+def store_weight(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    block: tuple[int, int] | None,
+    *,
+    batch_invariant: bool,
+) -> StoredWeight:
+    """Prepare a weight on a GPU for ``linear``; arguments as StoredWeight's."""
+    return StoredWeight(
+        weight,
+        bias,
+        scale,
+        block,
+        quantizes_input=scale is not None and gpu.has_fp8_units(weight.device),
+        batch_invariant=batch_invariant,
+        counters=torch.zeros(MAX_TILES, dtype=torch.int32, device=weight.device),
+    )
+
+
 def pack_weight(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -73,14 +147,26 @@ def pack_weight(
     return _described(PackedWeight(weight, weight.t(), bias, panels, scales, biases), kind)
 
 
-def rows_from(packed: PackedWeight, first: int) -> PackedWeight:
+def rows_from(packed: Weight, first: int) -> Weight:
     """The output rows from ``first`` on, of the same memory."""
+    if isinstance(packed, StoredWeight):
+        return _stored_rows_from(packed, first)
     weight, bias = packed.weight[first:], None if packed.bias is None else packed.bias[first:]
     if packed.panels is None or packed.descriptor is None or first % PANEL:
         return PackedWeight(weight, weight.t(), bias)
     panels = packed.panels[first // PANEL :]
     scales, biases = (None if row is None else row[first:] for row in (packed.scales, packed.biases))
     return _described(PackedWeight(weight, weight.t(), bias, panels, scales, biases), int(packed.descriptor[-1]))
+
+
+def _stored_rows_from(stored: StoredWeight, first: int) -> StoredWeight:
+    scale, block = stored.scale, stored.block
+    if scale is not None and block is not None and first % block[0]:
+        scale, block = scale.repeat_interleave(block[0], 0)[: stored.num_rows], (1, block[1])
+    if scale is not None:
+        scale = scale[first // (1 if block is None else block[0]) :]
+    bias = None if stored.bias is None else stored.bias[first:]
+    return replace(stored, weight=stored.weight[first:], bias=bias, scale=scale, block=block)
 
 
 def _described(packed: PackedWeight, kind: int) -> PackedWeight:
@@ -101,16 +187,80 @@ def _padded(row: torch.Tensor) -> torch.Tensor:
     return F.pad(row, (0, -row.numel() % PANEL)).contiguous()
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor | None = None) -> torch.Tensor:
+Weight = PackedWeight | StoredWeight
+
+
+def linear(
+    x: torch.Tensor | Rows, weight: Weight, residual: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """x Wᵀ + b (+ residual).
 
     x: [M, K]; residual: [M, N] or None
-    Returns [M, N] in x's dtype.
+    Returns [M, N] in out_dtype, None for x's dtype.
     """
+    if isinstance(weight, StoredWeight):
+        return _stored(x, weight, residual, out_dtype)
+    assert isinstance(x, torch.Tensor), "nothing quantizes for a packed weight"
     if weight.address and native.cpu is not None and native.suits(x):
         out = x.new_empty(x.shape[0], weight.num_rows)
         added = 0 if residual is None else residual.data_ptr()
         native.cpu.linear(weight.address, x.data_ptr(), x.shape[0], added, out.data_ptr())
         return out
     product = F.linear(x, weight.weight, weight.bias)
-    return product if residual is None else product + residual
+    product = product if residual is None else product + residual
+    return product if out_dtype is None else product.to(out_dtype)
+
+
+def _stored(
+    x: torch.Tensor | Rows, weight: StoredWeight, residual: torch.Tensor | None, out_dtype: torch.dtype | None
+) -> torch.Tensor:
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if weight.scale is None:
+        wide = x.wide if isinstance(x, Rows) else x
+        assert wide is not None, "an unquantized weight wants its input wide"
+        if out_dtype == wide.dtype and not weight.batch_invariant:  # cuBLAS
+            product = F.linear(wide, weight.weight, weight.bias)
+            return product if residual is None else product + residual
+        return wide_matmul(
+            wide,
+            weight.weight,
+            weight.bias,
+            residual,
+            out_dtype=out_dtype,
+            counters=weight.counters,
+            batch_invariant=weight.batch_invariant,
+        )
+    q: torch.Tensor
+    scale: torch.Tensor | None
+    if isinstance(x, Rows):
+        q, scale = x.q, x.scale
+    else:
+        q, scale = _quantized(x, weight.block) if weight.quantizes_input else (x, None)
+    if weight.block is None:
+        return w8a8_matmul(
+            q,
+            scale,
+            weight.weight,
+            weight.scale,
+            weight.bias,
+            residual,
+            out_dtype=out_dtype,
+            counters=weight.counters,
+            batch_invariant=weight.batch_invariant,
+        )
+    return block_fp8_matmul(
+        q,
+        scale,
+        weight.weight,
+        weight.scale,
+        weight.block,
+        weight.bias,
+        residual,
+        out_dtype=out_dtype,
+        counters=weight.counters,
+        batch_invariant=weight.batch_invariant,
+    )
+
+
+def _quantized(x: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_per_token(x) if block is None else quantize_per_group(x, block[1])

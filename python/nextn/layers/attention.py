@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.linear import linear, rows_from
+from nextn.kernels.linear import InputFormat, Rows, linear, rows_from
 from nextn.kernels.paged_attention import paged_attention
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
 from nextn.layers.batch import ExtendBatch
@@ -60,13 +60,13 @@ class Attention(nn.Module):
             yield f"{self.prefix}.q_norm.weight", self.qk_norm[0]
             yield f"{self.prefix}.k_norm.weight", self.qk_norm[1]
 
-    def prepare(self) -> None:
+    def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and qkv_proj prepared."""
         self.packed_kv = rows_from(self.qkv_proj.packed, self.num_heads * self.head_dim)
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Rows,
         rotation: Rotation,
         batch: ExtendBatch,
         kv_cache: KVCache,
@@ -83,7 +83,14 @@ class Attention(nn.Module):
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale)
         return self.o_proj.forward(attended.reshape(q.shape[0], -1), residual)
 
-    def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
+    @property
+    def input_format(self) -> InputFormat | None:
+        """How its input should come; None for wide."""
+        return self.qkv_proj.input_format
+
+    def write_kv(
+        self, x: torch.Tensor | Rows, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache
+    ) -> None:
         """Only write the tokens' KV. x: [T, H], normed; slot_mapping: [T] int64."""
         self._rotate_and_write(linear(x, self.packed_kv), rotation, slot_mapping, kv_cache)
 

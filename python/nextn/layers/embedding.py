@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nextn.kernels.linear import PackedWeight, linear, pack_weight
+from nextn.kernels import gpu
+from nextn.kernels.linear import PackedWeight, Weight, linear, pack_weight, store_weight
 from nextn.layers.storage import Slot
 
 
@@ -34,7 +35,7 @@ class OutputHead(nn.Module):
         super().__init__()
         self.name = name
         self.weight = weight
-        self.packed = PackedWeight(weight, weight.t(), None)
+        self.packed: Weight = PackedWeight(weight, weight.t(), None)
 
     @classmethod
     def untied(cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype) -> OutputHead:
@@ -45,10 +46,13 @@ class OutputHead(nn.Module):
         if self.name is not None:
             yield f"{self.name}.weight", self.weight
 
-    def prepare(self) -> None:
-        """Once loaded: lay the weight out for the CPU."""
-        self.packed = pack_weight(self.weight)
+    def prepare(self, *, batch_invariant: bool) -> None:
+        """Once loaded: lay the weight out for the device it is on."""
+        if gpu.suits(self.weight):
+            self.packed = store_weight(self.weight, None, None, None, batch_invariant=batch_invariant)
+        else:
+            self.packed = pack_weight(self.weight)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, hidden_size]. Returns logits [R, vocab_size] float32."""
-        return linear(hidden, self.packed).float()
+        return linear(hidden, self.packed, out_dtype=torch.float32)

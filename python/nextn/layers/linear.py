@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from nextn.kernels.linear import PackedWeight, linear
+from nextn.kernels.linear import InputFormat, PackedWeight, Rows, StoredWeight, Weight, linear
 from nextn.layers.storage import Shard, Slot, make_scales, make_weight, pack, weight_slots
 from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
 
@@ -37,7 +38,7 @@ class Linear(nn.Module):
         self.scales = make_scales(shards, in_features, self.scheme)
         rows = sum(shard.num_rows for shard in shards)
         self.bias = torch.empty(rows, dtype=dtype) if bias else None
-        self.packed = PackedWeight(self.weight, self.weight.t(), self.bias)
+        self.packed: Weight = PackedWeight(self.weight, self.weight.t(), self.bias)
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from weight_slots(self.shards, self.scheme, self.weight, self.scales)
@@ -45,12 +46,24 @@ class Linear(nn.Module):
             parts = self.bias.split([shard.num_rows for shard in self.shards])
             yield from ((f"{shard.name}.bias", part) for shard, part in zip(self.shards, parts, strict=True))
 
-    def prepare(self) -> None:
-        """Once loaded: replace FP8 codes and scales by their product, and lay the weight out for the CPU."""
-        self.packed = pack(self.shards, self.scheme, self.weight, self.scales, self.dtype, self.bias)
+    def prepare(self, *, batch_invariant: bool) -> None:
+        """Once loaded: on a CPU replace FP8 codes and scales by their product, and lay the weight out for it."""
+        self.packed = pack(
+            self.shards, self.scheme, self.weight, self.scales, self.dtype, self.bias, batch_invariant=batch_invariant
+        )
         self.weight = self.packed.weight
         self.scales = None
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def keep(self, weight: torch.Tensor) -> None:
+        """Read the weight from another place, which holds the same values. weight: [Σ rows, in_features]."""
+        self.weight = weight
+        self.packed = replace(self.packed, weight=weight)
+
+    @property
+    def input_format(self) -> InputFormat | None:
+        """How its activations should come; None for wide."""
+        return self.packed.input_format if isinstance(self.packed, StoredWeight) else None
+
+    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: [T, in_features]; residual: [T, Σ rows]. Returns [T, Σ rows]."""
         return linear(x, self.packed, residual)

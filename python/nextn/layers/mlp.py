@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from nextn.kernels.fused_moe import PackedExperts, dense_mlp, pack_experts
+from nextn.kernels.linear import InputFormat, PackedWeight, Rows
+from nextn.kernels.silu_mul import silu_mul, silu_mul_quantize
 from nextn.layers.linear import Linear
 from nextn.layers.storage import Shard, Slot
 from nextn.quantization.scheme import QuantizationConfig
@@ -35,19 +37,33 @@ class MLP(nn.Module):
             intermediate_size, [Shard(f"{prefix}.down_proj", hidden_size)], quant_config, dtype=dtype
         )
 
-        self.packed = self._pack()
+        self.packed: PackedExperts | None = self._pack()
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.gate_up_proj.weight_slots()
         yield from self.down_proj.weight_slots()
 
-    def prepare(self) -> None:
+    def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and its linears prepared: put the two together."""
         self.packed = self._pack()
 
-    def _pack(self) -> PackedExperts:
-        return pack_experts((), (), (self.gate_up_proj.packed, self.down_proj.packed))
+    def _pack(self) -> PackedExperts | None:
+        gate_up, down = self.gate_up_proj.packed, self.down_proj.packed
+        if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
+            return pack_experts((), (), (gate_up, down))
+        return None
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def input_format(self) -> InputFormat | None:
+        """How its input should come; None for wide."""
+        return self.gate_up_proj.input_format
+
+    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x, residual: [T, H]. Returns [T, H], residual + mlp(x)."""
-        return dense_mlp(x, self.packed, residual)
+        if self.packed is not None and isinstance(x, torch.Tensor):
+            return dense_mlp(x, self.packed, residual)
+        gate_up, wanted = self.gate_up_proj.forward(x), self.down_proj.input_format
+        if wanted is None:
+            return self.down_proj.forward(silu_mul(gate_up), residual)
+        activated = Rows(*silu_mul_quantize(gate_up, wanted.group_size), None, gate_up.dtype)
+        return self.down_proj.forward(activated, residual)

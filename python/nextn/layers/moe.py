@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fused_moe import PackedExperts, fused_moe, pack_experts
-from nextn.kernels.linear import PackedWeight, pack_weight
+from nextn.errors import QuantizationError
+from nextn.kernels import gpu
+from nextn.kernels.fused_moe import PackedExperts, StackedExperts, fused_moe, fused_moe_stacked, pack_experts
+from nextn.kernels.linear import PackedWeight, StoredWeight, pack_weight
 from nextn.kernels.router import route
 from nextn.layers.mlp import MLP
-from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, weight_slots
+from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, stored_scale, weight_slots
 from nextn.quantization.scheme import UNQUANTIZED, LinearScheme, QuantizationConfig
 
 
@@ -37,7 +39,8 @@ class MoE(nn.Module):
             else None
         )
         self.packed_gate = PackedWeight(self.gate, self.gate.t(), None)
-        self.packed = self._pack()
+        self.packed: PackedExperts | StackedExperts = self._pack()
+        self.batch_invariant = False
 
     def weight_slots(self) -> Iterator[Slot]:
         yield f"{self.prefix}.gate.weight", self.gate
@@ -46,17 +49,41 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             yield from self.shared_experts.weight_slots()
 
-    def prepare(self) -> None:
+    def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and the experts prepared: put routed and shared experts together."""
-        self.packed_gate = pack_weight(self.gate)
-        self.packed = self._pack()
+        self.batch_invariant = batch_invariant
+        if gpu.suits(self.gate):
+            self.packed = self._stack()
+        else:
+            self.packed_gate = pack_weight(self.gate)
+            self.packed = self._pack()
 
     def _pack(self) -> PackedExperts:
+        if self.shared_experts is None:
+            return pack_experts(self.experts.packed_w13, self.experts.packed_w2, None)
+        gate_up, down = self.shared_experts.gate_up_proj.packed, self.shared_experts.down_proj.packed
+        assert isinstance(gate_up, PackedWeight), "the experts are packed too"
+        assert isinstance(down, PackedWeight), "the experts are packed too"
+        return pack_experts(self.experts.packed_w13, self.experts.packed_w2, (gate_up, down))
+
+    def _stack(self) -> StackedExperts:
+        """The routed experts as stored; the shared one is one more of them, where it is of the same size and kind."""
+        stacked = self.experts.stacked()
         shared = self.shared_experts
-        return pack_experts(
-            self.experts.packed_w13,
-            self.experts.packed_w2,
-            None if shared is None else (shared.gate_up_proj.packed, shared.down_proj.packed),
+        if shared is None:
+            return stacked
+        gate_up, down = shared.gate_up_proj.packed, shared.down_proj.packed
+        assert isinstance(gate_up, StoredWeight), "the experts are stored too"
+        assert isinstance(down, StoredWeight), "the experts are stored too"
+        pairs = ((stacked.w13, stacked.w13_scale, gate_up), (stacked.w2, stacked.w2_scale, down))
+        if any(not _is_alike(weight, scale, stacked.block, one) for weight, scale, one in pairs):
+            return stacked
+        (w13, w13_scale), (w2, w2_scale) = (_with_one_more(weight, scale, one) for weight, scale, one in pairs)
+        self.experts.w13, self.experts.w2 = w13[:-1], w2[:-1]
+        shared.gate_up_proj.keep(w13[-1])
+        shared.down_proj.keep(w2[-1])
+        return StackedExperts(
+            w13, w13_scale, w2, w2_scale, stacked.block, num_routed=stacked.num_routed, has_shared=True
         )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -72,7 +99,31 @@ class MoE(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
         )
-        return fused_moe(x, ids, weights, self.packed, residual)
+        if isinstance(self.packed, PackedExperts):
+            return fused_moe(x, ids, weights, self.packed, residual)
+        if self.shared_experts is not None and not self.packed.has_shared:
+            residual = self.shared_experts.forward(x, residual)
+        return fused_moe_stacked(x, ids, weights, self.packed, residual, batch_invariant=self.batch_invariant)
+
+
+def _is_alike(
+    weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int] | None, one: StoredWeight
+) -> bool:
+    """Whether a weight could stand in a stack [E, N, K]."""
+    scale_shape = None if scale is None else scale.shape[1:]
+    return (
+        (one.weight.shape, one.weight.dtype) == (weight.shape[1:], weight.dtype)
+        and (None if one.scale is None else one.scale.shape) == scale_shape
+        and one.block == block
+        and one.bias is None
+    )
+
+
+def _with_one_more(
+    weight: torch.Tensor, scale: torch.Tensor | None, one: StoredWeight
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    both = None if scale is None or one.scale is None else torch.cat([scale, one.scale[None]])
+    return torch.cat([weight, one.weight[None]]), both
 
 
 ExpertShards = list[tuple[Shard, ...]]
@@ -112,12 +163,43 @@ class Experts(nn.Module):
         for e, down in enumerate(self.w2_shards):
             yield from weight_slots(down, self.w2_scheme, self.w2[e], self.w2_scales[e])
 
-    def prepare(self) -> None:
-        """Once loaded: replace FP8 codes and scales by their product in the computing type."""
+    def prepare(self, *, batch_invariant: bool) -> None:
+        """Once loaded: on a CPU replace FP8 codes and scales by their product in the computing type."""
+        if gpu.suits(self.w13):
+            return
         self.w13, self.packed_w13 = _pack_stack(self.w13_shards, self.w13_scheme, self.w13, self.w13_scales, self.dtype)
         self.w13_scales = [None] * len(self.w13_shards)
         self.w2, self.packed_w2 = _pack_stack(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales, self.dtype)
         self.w2_scales = [None] * len(self.w2_shards)
+
+    def stacked(self) -> StackedExperts:
+        """As they are stored, on a GPU."""
+        w13, w13_scale, w13_block = _stored(self.w13_shards, self.w13_scheme, self.w13, self.w13_scales)
+        w2, w2_scale, w2_block = _stored(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales)
+        if w13_block != w2_block and w13_block is not None and w2_block is not None and w13_block[1] == w2_block[1]:
+            # One of them has a scale per row, because a shard begins inside another's block; so has then the other.
+            w13_scale, w2_scale = (
+                scale if scale is None or block[0] == 1 else scale.repeat_interleave(block[0], 1)[:, : weight.shape[1]]
+                for weight, scale, block in ((w13, w13_scale, w13_block), (w2, w2_scale, w2_block))
+            )
+            w13_block = w2_block = (1, w2_block[1])
+        if (w13_scale is None, w13_block) != (w2_scale is None, w2_block):
+            raise QuantizationError(
+                f"{self.w13_shards[0][0].name}: is {self.w13_scheme.kind} and {self.w2_shards[0][0].name} is "
+                f"{self.w2_scheme.kind}; expected one kind for a layer's experts on a GPU; quantize the two alike"
+            )
+        return StackedExperts(
+            w13, w13_scale, w2, w2_scale, w13_block, num_routed=len(self.w13_shards), has_shared=False
+        )
+
+
+def _stored(
+    shards: ExpertShards, scheme: LinearScheme, weight: torch.Tensor, scales: list[ScaleStorage | None]
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int] | None]:
+    """weight: [E, rows, in_features]. Returns it with its scales stacked likewise, and the block of each scale."""
+    each = [stored_scale(of_one, scheme, scale) for of_one, scale in zip(shards, scales, strict=True)]
+    known = [scale for scale, _ in each if scale is not None]
+    return weight, torch.stack(known) if known else None, each[0][1]
 
 
 def _scheme(quant_config: QuantizationConfig | None, shards: ExpertShards) -> LinearScheme:
@@ -141,6 +223,7 @@ def _pack_stack(
     packed = []
     for e, of_one in enumerate(shards):
         one = pack(of_one, scheme, stacked[e], scales[e], dtype)
+        assert isinstance(one, PackedWeight), "on a GPU experts stay stacked"
         out[e] = one.weight
         packed.append(replace(one, weight=out[e], transposed=out[e].t()))
     return out, tuple(packed)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nextn.kernels.rms_norm import rms_norm
+from nextn.kernels.linear import InputFormat, Rows
+from nextn.kernels.rms_norm import norm_quantize, rms_norm
 from nextn.layers.storage import Slot
 
 
@@ -26,3 +27,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size]. Returns the same shape."""
         return rms_norm(x, self.weight, self.eps)
+
+    def forward_for(self, x: torch.Tensor, wanted: InputFormat | None) -> torch.Tensor | Rows:
+        """As ``forward``, and in the same pass what a linear wants for its input. x: [T, size]."""
+        if wanted is None:
+            return rms_norm(x, self.weight, self.eps)
+        rows = norm_quantize(x, self.weight, self.eps, group_size=wanted.group_size)
+        assert rows.q is not None, "it was asked for"
+        assert rows.scale is not None, "it was asked for"
+        return Rows(rows.q, rows.scale, rows.normed, x.dtype)

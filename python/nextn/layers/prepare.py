@@ -11,8 +11,11 @@ from nextn.layers.mlp import MLP
 from nextn.layers.moe import Experts, MoE
 
 
-def prepare_weights(model: nn.Module) -> None:
-    """Expand FP8 weights by their scales and lay matrices out for the CPU; parts before what is made of them."""
+def prepare_weights(model: nn.Module, *, batch_invariant: bool = False) -> None:
+    """Lay matrices out for the device they are on; parts before what is made of them.
+
+    batch_invariant: on a GPU, sum in an order that does not depend on what else is in the batch
+    """
     for module in reversed(list(model.modules())):
         if isinstance(module, Linear | Attention | Experts | OutputHead | MLP | MoE):
-            module.prepare()
+            module.prepare(batch_invariant=batch_invariant)

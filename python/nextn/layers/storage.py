@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nextn.kernels import gpu
 from nextn.kernels.fp8_matmul import dequantize
-from nextn.kernels.linear import PackedWeight, pack_weight
+from nextn.kernels.linear import Weight, pack_weight, store_weight
 from nextn.quantization.scheme import LinearScheme
 
 Slot = tuple[str, torch.Tensor]
@@ -97,15 +98,48 @@ def pack(
     scales: ScaleStorage | None,
     dtype: torch.dtype,
     bias: torch.Tensor | None = None,
-) -> PackedWeight:
-    """The weight ready to multiply: dequantized, and beside that as FP8 where a scale per row says all of it."""
+    *,
+    batch_invariant: bool = False,
+) -> Weight:
+    """The weight ready to multiply.
+
+    On a GPU it stays as it is stored. On a CPU it is dequantized, and beside that FP8 where a scale per row says all.
+    """
+    if gpu.suits(weight):
+        return store_weight(weight, bias, *stored_scale(shards, scheme, scales), batch_invariant=batch_invariant)
     expanded = expand(shards, scheme, weight, scales, dtype)
     if scales is None or scheme.kind == "fp8_block":
         return pack_weight(expanded, bias)
-    per_row = scales.weight_scale.view(-1)
-    if scheme.kind == "fp8_tensor":
-        per_row = per_row.repeat_interleave(torch.tensor([shard.num_rows for shard in shards]))
-    return pack_weight(expanded, bias, codes=weight, scale=per_row)
+    per_row, _ = stored_scale(shards, scheme, scales)
+    assert per_row is not None, "there are scales"
+    return pack_weight(expanded, bias, codes=weight, scale=per_row.view(-1))
+
+
+def stored_scale(
+    shards: Sequence[Shard], scheme: LinearScheme, scales: ScaleStorage | None
+) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
+    """The scales of a fused weight, of all its shards alike, and the block that each belongs to.
+
+    Returns a scale per row [rows, 1], or per block [⌈rows / block_n⌉, ⌈in_features / block_k⌉]; None twice without.
+    """
+    if scales is None:
+        return None, None
+    scale, sizes = scales.weight_scale, [shard.num_rows for shard in shards]
+    if scheme.block is None:
+        return (_by_row(scale, sizes, 0) if scheme.kind == "fp8_tensor" else scale), None
+    if all(size % scheme.block[0] == 0 for size in sizes[:-1]):
+        return scale, scheme.block
+    return _by_row(scale, sizes, scheme.block[0]), (1, scheme.block[1])  # a shard begins inside another's block
+
+
+def _by_row(scale: torch.Tensor, sizes: Sequence[int], block_rows: int) -> torch.Tensor:
+    """A row of scales per row of the weight, from one per block_rows of each shard; 0 is one for the whole shard."""
+    parts, first = [], 0
+    for size in sizes:
+        end = first + (-(-size // block_rows) if block_rows else 1)
+        parts.append(scale[first:end].repeat_interleave(block_rows or size, 0)[:size])
+        first = end
+    return torch.cat(parts)
 
 
 def _scale_rows(shard: Shard, scheme: LinearScheme) -> int:

@@ -49,15 +49,18 @@ class Glm4MoeDecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
         """x: [T, H], the residual stream. Returns [R, H], for the tokens whose output is read; mostly all."""
-        normed = self.input_layernorm.forward(x)
+        normed = self.input_layernorm.forward_for(x, self.self_attn.input_format)
         if batch.output_rows is not None:
             x = x.index_select(0, batch.output_rows)
         x = self.self_attn.forward(normed, rotation, batch, kv_cache, residual=x)
-        return self.mlp.forward(self.post_attention_layernorm.forward(x), residual=x)
+        if isinstance(self.mlp, MoE):  # the router reads its input wide
+            return self.mlp.forward(self.post_attention_layernorm.forward(x), residual=x)
+        return self.mlp.forward(self.post_attention_layernorm.forward_for(x, self.mlp.input_format), residual=x)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
         """Only write the tokens' KV, where nothing reads the output. x: [T, H]; slot_mapping: [T] int64."""
-        self.self_attn.write_kv(self.input_layernorm.forward(x), rotation, slot_mapping, kv_cache)
+        normed = self.input_layernorm.forward_for(x, self.self_attn.input_format)
+        self.self_attn.write_kv(normed, rotation, slot_mapping, kv_cache)
 
 
 class Glm4MoeForCausalLM(nn.Module):

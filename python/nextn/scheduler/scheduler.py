@@ -100,6 +100,15 @@ class Scheduler:
         return self.pages.pages_for(chunk) + self.pages.pages_for(waiting) + 2 * len(self.running)
 
     @property
+    def may_admit(self) -> bool:
+        """Whether the next ``schedule`` might take a waiting sequence in."""
+        return bool(self.waiting and self._free_slots)
+
+    @property
+    def context_length(self) -> int:
+        return self._config.context_length
+
+    @property
     def is_full(self) -> bool:
         return len(self.waiting) >= self._config.max_queued
 
@@ -148,8 +157,12 @@ class Scheduler:
                 budget -= 0 if seq.is_decoding else extend.num_tokens
         return extends if preempted else extends + self._admit(budget, num_drafts)
 
+    def wanted_drafts(self, seq: Sequence, num_drafts: int | None) -> int:
+        """Drafts of a sequence in a step of ``num_drafts`` (see ``schedule``), were there no end to its tokens."""
+        return self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
+
     def _plan(self, seq: Sequence, budget: int, num_drafts: int | None = None) -> Extend | None:
-        wanted = self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
+        wanted = self.wanted_drafts(seq, num_drafts)
         if seq.is_decoding:
             can_draft = seq.needs_fixed_drafts or seq.num_computed - seq.num_draft_computed <= MAX_LAG
             drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0) if can_draft else 0

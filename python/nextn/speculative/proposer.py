@@ -53,7 +53,7 @@ class NextNProposer:
     """
 
     def __init__(self, draft: Glm4MoeForCausalLMNextN, kv_cache: KVCache) -> None:
-        self._draft = draft
+        self.draft = draft
         self._kv_cache = kv_cache
         self._page_size = kv_cache.page_size
         self._device = kv_cache.k.device
@@ -63,6 +63,10 @@ class NextNProposer:
     def store_hidden(self, slot_mapping: torch.Tensor, hidden: torch.Tensor) -> None:
         """Keep the target's hidden states. slot_mapping: [T] int64; hidden: [T, H]."""
         self._hidden.index_copy_(0, slot_mapping, hidden)
+
+    def hidden_at(self, slots: torch.Tensor) -> torch.Tensor:
+        """The target's hidden states [T, H] of slots [T] int64."""
+        return self._hidden.index_select(0, slots)
 
     def propose(self, extends: list[Extend], choose: ChooseTokens) -> Drafts:
         """Draft ``num_drafts`` ≥ 1 tokens for each extend, feeding the head its own normed output."""
@@ -77,8 +81,8 @@ class NextNProposer:
             for batch in self._chain([extends[i] for i in active], step, until):
                 if step == 0 and len(ids) > len(extends):
                     batch = ExtendBatch(positions, slots, batch.layout, self._last_rows(spans))
-                hidden = self._draft.forward(ids, hidden, batch, self._kv_cache)
-                logits = self._draft.compute_logits(hidden)
+                hidden = self.draft.forward(ids, hidden, batch, self._kv_cache)
+                logits = self.draft.compute_logits(hidden)
                 ids, probs = choose(logits, [Row(extends[i].seq, tokens[i]) for i in active])
                 for i, token in zip(active, ids.tolist(), strict=True):
                     tokens[i] = [*tokens[i], token]
@@ -114,7 +118,7 @@ class NextNProposer:
             done.append(num_computed)
         if spans:
             ids, hidden, positions, slots = self._entries(spans)
-            self._draft.write_kv(ids, hidden, positions, slots, self._kv_cache)
+            self.draft.write_kv(ids, hidden, positions, slots, self._kv_cache)
         return done
 
     def _entries(
@@ -135,7 +139,7 @@ class NextNProposer:
             positions += range(start, stop)
             slots += of_all[1:]
         rows = torch.tensor(ids + sources + positions + slots, device=self._device).view(4, -1)
-        return rows[0], self._hidden.index_select(0, rows[1]), rows[2], rows[3]
+        return rows[0], self.hidden_at(rows[1]), rows[2], rows[3]
 
     def _last_rows(self, spans: list[tuple[Sequence, int, int]]) -> torch.Tensor:
         """Of each span among the entries of all."""

@@ -1,0 +1,140 @@
+"""Decode steps on the device: recorded as CUDA graphs where that is possible, and launched without being waited for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from nextn.speculative.decode_state import DecodeState, SlotPatch
+from nextn.speculative.decode_step import DecodeRows, DecodeStep
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeBatch(msgspec.Struct, frozen=True, array_like=True):
+    """One step of sequences that only decode.
+
+    slots: theirs; wanted_drafts: at most num_drafts each
+    patches: what the device does not know yet of them
+    """
+
+    slots: list[int]
+    wanted_drafts: list[int]
+    num_drafts: int
+    is_greedy: bool
+    patches: list[SlotPatch]
+
+
+class DecidedTokens:
+    """What a launched step decides, as soon as it is known. tokens: [S, k + 2] int64, see ``DecodeStep.run``."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[list[int]]:
+        """Wait for the step. Returns the tokens that each sequence got; the last was not drafted."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [row[1 : row[0] + 2] for row in self._tokens.tolist()]
+
+
+class _Recording:
+    """A step for a fixed number of sequences. rows: [3, S] int64, what it reads; output: what it writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, rows: torch.Tensor, output: torch.Tensor) -> None:
+        self.graph = graph
+        self.rows = rows
+        self.output = output
+
+
+class DecodeRunner:
+    """Owns the recordings. On a device without them each step is launched kernel by kernel."""
+
+    def __init__(self, step: DecodeStep, state: DecodeState) -> None:
+        self._step = step
+        self._state = state
+        self._recordings: dict[tuple[int, int, bool], _Recording] = {}
+        self._sizes: tuple[int, ...] = ()
+
+    def launch(self, batch: DecodeBatch) -> DecidedTokens:
+        """Start a step on the current stream, after all that was started before."""
+        self._state.apply(batch.patches)
+        num_seqs = len(batch.slots)
+        size = next((size for size in self._sizes if size >= num_seqs), num_seqs)
+        rows = self._rows(batch, size)
+        recording = self._recordings.get((size, batch.num_drafts, batch.is_greedy))
+        if recording is None:
+            return DecidedTokens(self._run(rows.to(self._state.device, non_blocking=True), batch)[:num_seqs])
+        recording.rows.copy_(rows, non_blocking=True)
+        recording.graph.replay()
+        return DecidedTokens(recording.output[:num_seqs])
+
+    def _rows(self, batch: DecodeBatch, size: int) -> torch.Tensor:
+        """[3, size] int64 on the host. Padding reads what the first sequence reads, and writes where nobody looks."""
+        padding = size - len(batch.slots)
+        columns = [
+            batch.slots + batch.slots[:1] * padding,
+            batch.slots + [self._state.scratch_row] * padding,
+            batch.wanted_drafts + batch.wanted_drafts[:1] * padding,
+        ]
+        return torch.tensor(columns, pin_memory=self._state.device.type == "cuda")
+
+    def _run(self, rows: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
+        return self._step.run(DecodeRows(*rows.unbind()), batch.num_drafts, is_greedy=batch.is_greedy)
+
+    def rehearse(self, num_seqs: int, num_drafts: int) -> None:
+        """Run the step that takes the most memory, of padding alone."""
+        batch = self._of_padding(num_seqs, num_drafts, is_greedy=False)
+        self._run(self._rows(batch, num_seqs).to(self._state.device), batch)
+
+    def _of_padding(self, num_seqs: int, num_drafts: int, *, is_greedy: bool) -> DecodeBatch:
+        slots = [self._state.scratch_row] * num_seqs
+        return DecodeBatch(slots, [num_drafts] * num_seqs, num_drafts, is_greedy, [])
+
+    def record(self, max_seqs: int, draft_counts: Iterable[int]) -> None:
+        """Record the step for every padded number of sequences, number of drafts, and way of choosing tokens.
+
+        Recordings share their memory, so the largest come first.
+        """
+        started = time.monotonic()
+        device = self._state.device
+        sizes = padded_sizes(max_seqs)
+        kinds = [
+            (size, num_drafts, is_greedy)
+            for size in reversed(sizes)
+            for num_drafts in sorted(draft_counts, reverse=True)
+            for is_greedy in (False, True)
+        ]
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        for size, num_drafts, is_greedy in tqdm(kinds, desc="recording CUDA graphs", unit="graph"):
+            batch = self._of_padding(size, num_drafts, is_greedy=is_greedy)
+            rows = self._rows(batch, size).to(device)
+            with torch.cuda.stream(stream):
+                self._run(rows, batch)  # compiles kernels, and lets libraries make what cannot be made while recording
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                output = self._run(rows, batch)
+            self._recordings[size, num_drafts, is_greedy] = _Recording(graph, rows, output)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        self._sizes = sizes
+        logger.info("recorded %d CUDA graphs in %.1f s", len(kinds), time.monotonic() - started)
+
+
+def padded_sizes(max_seqs: int) -> tuple[int, ...]:
+    """Numbers of sequences that are recorded, up to max_seqs: two to an octave, so that a half is padding at most."""
+    sizes = {size for octave in range(max_seqs.bit_length()) for size in (1 << octave, 3 << octave >> 1)}
+    return (*sorted(size for size in sizes if size < max_seqs), max_seqs)

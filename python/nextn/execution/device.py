@@ -1,0 +1,40 @@
+"""Which device computes, and in which types."""
+
+from __future__ import annotations
+
+import torch
+
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import ConfigError
+from nextn.kernels import gpu
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """name: "cpu", "cuda", or "auto" for a GPU where torch and Triton find one. Raises ConfigError if there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device: found cuda, but torch {torch.__version__} finds no GPU; install torch's CUDA build and a "
+            "driver for it, or use --device cpu"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not gpu.suits(torch.empty(0, device=device)):
+        raise ConfigError("--device: the kernels for GPUs need Triton, which is not installed; pip install triton")
+    return device
+
+
+def computing_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """Of everything that is not quantized. Raises ConfigError where the device has no kernels for it."""
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if config.dtype == "float32" and device.type != "cpu":
+        raise ConfigError("--dtype: found float32, expected bfloat16 or float16 on a GPU; or use --device cpu")
+    return TYPES[config.dtype]
+
+
+def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of stored keys and values. dtype: the computing type."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else dtype

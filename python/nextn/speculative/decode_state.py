@@ -1,0 +1,160 @@
+"""What decoding needs of every running sequence, on the device, by slot.
+
+Decode steps read and advance it without the CPU, so that one can be launched before the tokens of the last are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from nextn.protocol.sampling import TokenSampling
+from nextn.scheduler.sequence import Sequence
+
+
+class SlotPatch(msgspec.Struct, frozen=True, array_like=True):
+    """What the device does not know yet of the sequence in a slot.
+
+    tokens: those from position first_token on, up to the sequence's last; none leaves its length as it is
+    pages: its pages from index first_page on
+    sampling, token_limit: of a sequence that is new in the slot; token_limit: prompt and max_new_tokens together
+    """
+
+    slot: int
+    first_token: int
+    tokens: list[int]
+    first_page: int
+    pages: list[int]
+    sampling: TokenSampling | None = None
+    token_limit: int = 0
+
+
+class DecodeState:
+    """Tensors of num_slots rows, and one more that padding writes to.
+
+    tokens: [num_slots + 1, width] int64; num_tokens, token_limit, seed, top_k: [num_slots + 1] int64
+    page_table: [num_slots + 1, max_pages] int64; pages that a sequence does not have are the scratch page
+    temperature, top_p, min_p: [num_slots + 1] float32
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        context_length: int,
+        max_drafts: int,
+        page_size: int,
+        scratch_page: int,
+        device: torch.device,
+    ) -> None:
+        self.scratch_row = num_slots
+        self.page_size = page_size
+        self.scratch_page = scratch_page
+        self.device = device
+        rows = num_slots + 1
+        # A step that runs on after a sequence's end may add a chain twice.
+        self.width = context_length + 2 * (max_drafts + 1)
+        self.context_length = context_length
+        max_pages = -(-context_length // page_size)
+        self.tokens = torch.zeros(rows, self.width, dtype=torch.int64, device=device)
+        self.num_tokens = torch.ones(rows, dtype=torch.int64, device=device)
+        self.token_limit = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.page_table = torch.full((rows, max_pages), scratch_page, dtype=torch.int64, device=device)
+        self.temperature = torch.zeros(rows, device=device)
+        self.top_p = torch.ones(rows, device=device)
+        self.min_p = torch.zeros(rows, device=device)
+
+    def apply(self, patches: Rows[SlotPatch]) -> None:
+        """Write patches, in stream order: steps that were launched before do not see them."""
+        if not patches:
+            return
+        self._begin([patch for patch in patches if patch.sampling is not None])
+        self._put(self.tokens, [(p.slot * self.width + p.first_token, p.tokens) for p in patches if p.tokens])
+        max_pages = self.page_table.shape[1]
+        self._put(self.page_table, [(p.slot * max_pages + p.first_page, p.pages) for p in patches if p.pages])
+        self._put(self.num_tokens, [(p.slot, [p.first_token + len(p.tokens)]) for p in patches if p.tokens])
+
+    def _begin(self, patches: Rows[SlotPatch]) -> None:
+        """Sequences that are new in their slots."""
+        if not patches:
+            return
+        slots, limits, seeds, top_ks = self._upload(
+            [
+                [p.slot for p in patches],
+                [p.token_limit for p in patches],
+                [p.sampling.seed for p in patches if p.sampling],
+                [p.sampling.top_k for p in patches if p.sampling],
+            ],
+            torch.int64,
+        )
+        temperatures, top_ps, min_ps = self._upload(
+            [[getattr(p.sampling, name) for p in patches] for name in ("temperature", "top_p", "min_p")],
+            torch.float32,
+        )
+        self.token_limit[slots], self.seed[slots], self.top_k[slots] = limits, seeds, top_ks
+        self.temperature[slots], self.top_p[slots], self.min_p[slots] = temperatures, top_ps, min_ps
+        self.page_table.index_fill_(0, slots, self.scratch_page)
+
+    def _put(self, table: torch.Tensor, runs: Rows[tuple[int, list[int]]]) -> None:
+        """Write runs of values at places of the flattened table."""
+        if runs:
+            places = [first + i for first, values in runs for i in range(len(values))]
+            index, values = self._upload([places, [value for _, run in runs for value in run]], torch.int64)
+            table.view(-1).index_copy_(0, index, values)
+
+    def _upload(self, rows: Rows[Rows[float]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """One copy to the device that does not wait for it."""
+        on_host = torch.tensor(rows, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return on_host.to(self.device, non_blocking=True).unbind()
+
+
+@dataclass
+class _Known:
+    """seq: whose the slot was last; num_tokens, pages: what the device was told or has found out itself."""
+
+    seq: Sequence
+    num_tokens: int
+    pages: list[int]
+
+
+class SlotMirror:
+    """What the device knows of each slot, so that it is told only what is new."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def patch(self, seq: Sequence, *, is_ahead: bool) -> SlotPatch | None:
+        """What to tell the device before its next step; None if nothing.
+
+        is_ahead: whether a step is under way that has decided tokens which ``seq`` does not have yet
+        """
+        known = self._known.get(seq.slot)
+        if known is None or known.seq is not seq or len(seq.pages) < len(known.pages):
+            assert not is_ahead, "a sequence that is new in its slot has no step under way"
+            self._known[seq.slot] = _Known(seq, len(seq.tokens), list(seq.pages))
+            limit = seq.num_prompt + seq.max_new_tokens
+            return SlotPatch(seq.slot, 0, list(seq.tokens), 0, list(seq.pages), seq.request.sampling, limit)
+        first_page = _first_difference(known.pages, seq.pages)
+        tokens = [] if is_ahead else seq.tokens[known.num_tokens :]
+        pages = seq.pages[first_page:]
+        if not tokens and not pages:
+            return None
+        patch = SlotPatch(seq.slot, known.num_tokens, tokens, first_page, pages)
+        known.num_tokens += len(tokens)
+        known.pages[first_page:] = pages
+        return patch
+
+    def advance(self, seq: Sequence) -> None:
+        """The device's own step has decided the tokens that ``seq`` has now."""
+        self._known[seq.slot].num_tokens = len(seq.tokens)
+
+
+def _first_difference(known: list[int], now: list[int]) -> int:
+    """The first index at which two lists differ, where ``now`` is at least as long."""
+    if now[: len(known)] == known:
+        return len(known)
+    return next(i for i, (old, new) in enumerate(zip(known, now, strict=False)) if old != new)

@@ -1,0 +1,254 @@
+"""One decode step over tensors alone: draft k tokens, verify them, accept, and set up the next step.
+
+It is ``cycle.py``'s step for sequences that only decode, written so that nothing of it waits for the CPU: shapes depend
+on the number of sequences and of drafts alone, and what the next step starts from stays in ``DecodeState``. So it can
+be recorded as a CUDA graph, and launched before the tokens of the step before are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from nextn.kernels.paged_attention import AttentionLayout
+from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
+from nextn.kernels.sampling import sample_tokens, sampling_probs
+from nextn.layers.batch import ExtendBatch
+from nextn.layers.kv_cache import KVCache
+from nextn.models.glm4_moe import Glm4MoeForCausalLM
+from nextn.speculative.acceptance import NO_DRAFT, verify_sampled
+from nextn.speculative.decode_state import DecodeState
+from nextn.speculative.proposer import FIRST_KEY, NextNProposer
+
+_Choose = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
+"""(logits [S, V], draft step) → tokens [S] and the probabilities [S, V] they were drawn from, None if greedy."""
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The S sequences of a step, padded to a size that is recorded.
+
+    read: [S] int64, the slots; padding repeats the first, so that it touches no other experts
+    write: [S] int64, the same; padding writes to the scratch row
+    wanted_drafts: [S] int64, at most the step's number of drafts
+    """
+
+    read: torch.Tensor
+    write: torch.Tensor
+    wanted_drafts: torch.Tensor
+
+
+class DecodeStep:
+    """The step over the engine's models, KV pool and state."""
+
+    def __init__(
+        self,
+        target: Glm4MoeForCausalLM,
+        proposer: NextNProposer | None,
+        kv_cache: KVCache,
+        state: DecodeState,
+    ) -> None:
+        self._target = target
+        self._proposer = proposer
+        self._kv_cache = kv_cache
+        self._state = state
+        self._scratch_slot = state.scratch_page * state.page_size
+
+    @torch.inference_mode()
+    def run(self, rows: DecodeRows, num_drafts: int, *, is_greedy: bool) -> torch.Tensor:
+        """Advance every sequence by 1 … num_drafts + 1 tokens.
+
+        is_greedy: whether all sequences are
+        Returns [S, num_drafts + 2] int64: the number of accepted drafts, then these, the token after them, and -1s.
+        """
+        state = self._state
+        num_seqs = rows.read.shape[0]
+        num_tokens = state.num_tokens.index_select(0, rows.read)
+        places = _Places.of(self._state, rows, num_tokens - 1, num_drafts, self._scratch_slot)
+        choose = partial(self._choose, rows, num_tokens, is_greedy)
+
+        draft_tokens, draft_probs = self._draft(places, num_drafts, choose)
+        room = state.token_limit.index_select(0, rows.read) - num_tokens - 1
+        num_chained = torch.minimum(rows.wanted_drafts, room.clamp(min=0))
+        beyond = torch.arange(num_drafts, device=room.device) >= num_chained[:, None]
+        draft_tokens_kept = draft_tokens.masked_fill(beyond, NO_DRAFT)
+
+        ids = torch.cat([places.root_tokens[:, None], draft_tokens], 1)
+        hidden = self._target.forward(ids.view(-1), places.verify_batch(), self._kv_cache)
+        if self._proposer is not None:
+            self._proposer.store_hidden(places.slots.view(-1), hidden)
+        logits = self._target.compute_logits(hidden).view(num_seqs, num_drafts + 1, -1)
+        if is_greedy:
+            num_accepted, final = _verify_greedy(logits.argmax(-1), draft_tokens_kept)
+        else:
+            probs = self._probs(logits.flatten(0, 1), rows.read.repeat_interleave(num_drafts + 1)).view(logits.shape)
+            kept = probs[:, :num_drafts] if draft_probs is None else draft_probs.masked_fill(beyond[:, :, None], 0.0)
+            num_accepted, final = self._verify(rows, num_tokens, probs, kept, draft_tokens_kept)
+        tokens = _compacted(draft_tokens, num_accepted, final)
+        self._commit(rows.write, num_tokens, num_accepted, tokens)
+        return torch.cat([num_accepted[:, None], tokens], 1)
+
+    def _draft(self, places: _Places, num_drafts: int, choose: _Choose) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns drafts [S, num_drafts] int64, and the probabilities they were drawn from, None if all greedy."""
+        num_seqs = places.root.shape[0]
+        if num_drafts == 0:
+            return places.root.new_empty(num_seqs, 0), None
+        assert self._proposer is not None, "drafts are asked for only where there is a draft model"
+        tokens: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
+        ids, hidden_slots, batch = places.first_draft()
+        hidden = self._proposer.hidden_at(hidden_slots)
+        for step in range(num_drafts):
+            if step:
+                ids, batch = tokens[-1], places.next_draft(step)
+            hidden = self._proposer.draft.forward(ids, hidden, batch, self._kv_cache)
+            chosen, drawn_from = choose(self._proposer.draft.compute_logits(hidden), step)
+            tokens.append(chosen)
+            if drawn_from is not None:
+                probs.append(drawn_from)
+        return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
+
+    def _choose(
+        self, rows: DecodeRows, num_tokens: torch.Tensor, is_greedy: bool, logits: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The drafts of one step. logits: [S, V] float32."""
+        if is_greedy:
+            return logits.argmax(-1), None
+        probs = self._probs(logits, rows.read)
+        seeds = self._state.seed.index_select(0, rows.read)
+        return sample_tokens(probs, random_uniform(seeds, num_tokens + step, DRAFT_STREAM)), probs
+
+    def _probs(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """What each row is drawn from, [R, V]. slots: [R] int64."""
+        of_slot = (self._state.temperature, self._state.top_k, self._state.top_p, self._state.min_p)
+        return sampling_probs(logits, *(values.index_select(0, slots) for values in of_slot))
+
+    def _verify(
+        self,
+        rows: DecodeRows,
+        num_tokens: torch.Tensor,
+        probs: torch.Tensor,
+        draft_probs: torch.Tensor,
+        draft_tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seeds = self._state.seed.index_select(0, rows.read)
+        positions = num_tokens[:, None] + torch.arange(probs.shape[1], device=probs.device)
+        return verify_sampled(
+            probs,
+            draft_probs,
+            draft_tokens,
+            random_uniform(seeds, positions[:, :-1], ACCEPT_STREAM),
+            random_uniform(seeds, positions, FINAL_STREAM),
+        )
+
+    def _commit(
+        self, write: torch.Tensor, num_tokens: torch.Tensor, num_accepted: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Append the tokens to the state. What stands beyond num_tokens is never read."""
+        state = self._state
+        offsets = torch.arange(tokens.shape[1], device=tokens.device)
+        columns = (num_tokens[:, None] + offsets).clamp(max=state.width - 1)
+        index = write[:, None] * state.width + columns
+        state.tokens.view(-1).index_copy_(0, index.view(-1), tokens.clamp(min=0).view(-1))
+        state.num_tokens.index_copy_(0, write, num_tokens + num_accepted + 1)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tokens of a step stand.
+
+    root: [S] int64, the position of each sequence's last known token; root_tokens: [S], those tokens
+    slots: [S, k + 1] int64, of positions root … root + k
+    """
+
+    state: DecodeState
+    rows: DecodeRows
+    root: torch.Tensor
+    root_tokens: torch.Tensor
+    pages: torch.Tensor
+    slots: torch.Tensor
+    scratch_slot: int
+
+    @classmethod
+    def of(
+        cls, state: DecodeState, rows: DecodeRows, root: torch.Tensor, num_drafts: int, scratch_slot: int
+    ) -> _Places:
+        pages = state.page_table.index_select(0, rows.read)
+        offsets = torch.arange(num_drafts + 1, device=root.device)
+        slots = _slots_at(state, rows, pages, root[:, None] + offsets, scratch_slot)
+        return cls(state, rows, root, _tokens_at(state, rows, root[:, None])[:, 0], pages, slots, scratch_slot)
+
+    def verify_batch(self) -> ExtendBatch:
+        width = self.slots.shape[1]
+        offsets = torch.arange(width, device=self.root.device)
+        positions = self._in_context(self.root[:, None] + offsets)
+        return ExtendBatch(positions.view(-1), self.slots.view(-1), self._layout(self.root, width, 0))
+
+    def first_draft(self) -> tuple[torch.Tensor, torch.Tensor, ExtendBatch]:
+        """The entries of the last k + 1 known tokens: as many as the step before can have brought.
+
+        Returns token ids and the slots of the hidden states before them, [S · (k + 1)] each, and their batch, of which
+        only each sequence's last output is read.
+        """
+        num_seqs, width = self.slots.shape
+        positions = self.root[:, None] + torch.arange(1 - width, 1, device=self.root.device)
+        has_entry = positions >= FIRST_KEY
+        before = (positions - 1).clamp(min=0)
+        slots = _slots_at(self.state, self.rows, self.pages, positions.clamp(min=0), self.scratch_slot)
+        slots = torch.where(has_entry, slots, self.scratch_slot)
+        sources = _slots_at(self.state, self.rows, self.pages, before, self.scratch_slot)
+        batch = ExtendBatch(
+            positions.clamp(min=0).view(-1),
+            slots.view(-1),
+            self._layout(self.root, 1, FIRST_KEY),
+            torch.arange(width - 1, num_seqs * width, width, device=self.root.device),
+        )
+        return _tokens_at(self.state, self.rows, positions.clamp(min=0)).view(-1), sources.view(-1), batch
+
+    def next_draft(self, step: int) -> ExtendBatch:
+        """One token per sequence, ``step`` behind the root."""
+        positions = self._in_context(self.root + step)
+        return ExtendBatch(positions, self.slots[:, step].contiguous(), self._layout(positions, 1, FIRST_KEY))
+
+    def _layout(self, starts: torch.Tensor, num_queries: int, first_key: int) -> AttentionLayout:
+        num_seqs = starts.shape[0]
+        cu_seqlens_q = torch.arange(0, num_seqs * num_queries + 1, num_queries, device=starts.device)
+        return AttentionLayout(starts, cu_seqlens_q, self.pages, self.state.page_size, first_key, num_queries)
+
+    def _in_context(self, positions: torch.Tensor) -> torch.Tensor:
+        """A step that runs on after a sequence's end may leave the context; what it computes there is not kept."""
+        return positions.clamp(max=self.state.context_length - 1)
+
+
+def _slots_at(
+    state: DecodeState, rows: DecodeRows, pages: torch.Tensor, positions: torch.Tensor, scratch_slot: int
+) -> torch.Tensor:
+    """Slots of positions [S, n]; those of padding and beyond the context are the scratch slot."""
+    index = (positions // state.page_size).clamp(max=pages.shape[1] - 1)
+    slots = pages.gather(1, index) * state.page_size + positions % state.page_size
+    is_padding = (rows.write == state.scratch_row)[:, None]
+    return torch.where(is_padding | (positions >= state.context_length), scratch_slot, slots)
+
+
+def _tokens_at(state: DecodeState, rows: DecodeRows, positions: torch.Tensor) -> torch.Tensor:
+    """Known tokens at positions [S, n]."""
+    index = rows.read[:, None] * state.width + positions
+    return state.tokens.view(-1).index_select(0, index.view(-1)).view(positions.shape)
+
+
+def _verify_greedy(target_tokens: torch.Tensor, draft_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """target_tokens: [S, k + 1]; draft_tokens: [S, k]. Returns accepted drafts and the token after them, [S] each."""
+    num_accepted = (target_tokens[:, :-1] == draft_tokens).cumprod(1).sum(1)
+    return num_accepted, target_tokens.gather(1, num_accepted[:, None])[:, 0]
+
+
+def _compacted(draft_tokens: torch.Tensor, num_accepted: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+    """Accepted drafts, the final token, then -1: [S, k + 1]."""
+    width = draft_tokens.shape[1] + 1
+    offsets = torch.arange(width, device=draft_tokens.device)
+    padded = torch.cat([draft_tokens, final[:, None]], 1)
+    tokens = torch.where(offsets < num_accepted[:, None], padded, -1)
+    return torch.where(offsets == num_accepted[:, None], final[:, None], tokens)

@@ -1,0 +1,146 @@
+"""A GPU's way of decoding, run on the CPU: steps over tensors alone, launched before the last one's tokens are known."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from nextn.execution.decode_runner import DecodeRunner, padded_sizes
+from nextn.protocol.messages import AddRequest
+from nextn.speculative.policy import DraftLengthPolicy
+
+from tests.conftest import EngineFactory, request, run_all, run_outputs
+from tests.execution.test_engine import prompts
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of sequences in every step of the decode runner."""
+    sizes: list[int] = []
+    launch = DecodeRunner.launch
+    monkeypatch.setattr(
+        DecodeRunner, "launch", lambda self, batch: sizes.append(len(batch.slots)) or launch(self, batch)
+    )
+    return sizes
+
+
+def _requests(num: int, **fields: object) -> list[AddRequest]:
+    return [request(str(i), prompt, **fields) for i, prompt in enumerate(prompts(num))]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("num_drafts", [0, 1, 3, 5])
+def test_greedy_output_and_acceptance_are_those_of_the_plain_step(
+    make_engine: EngineFactory, launches: list[int], num_drafts: int, overlap: bool
+) -> None:
+    plain = make_engine(num_draft_steps=num_drafts)
+    expected = run_all(plain, _requests(8, max_new_tokens=40))
+    engine = make_engine(num_draft_steps=num_drafts, decode_on_device=True, enable_overlap=overlap)
+    launches.clear()
+    assert run_all(engine, _requests(8, max_new_tokens=40)) == expected
+    assert len(launches) > 5, "the runner computed the steps"
+    assert engine.stats().accepted_per_position == plain.stats().accepted_per_position
+    assert engine.stats().drafted_per_position == plain.stats().drafted_per_position
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_changing_number_of_drafts_changes_nothing(
+    make_engine: EngineFactory, launches: list[int], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_all(make_engine(num_draft_steps=0), _requests(8))
+    engine = make_engine(num_draft_steps=None, decode_on_device=True, enable_overlap=overlap)
+    choices = itertools.cycle([3, 3, 0, 0, 1, 5, 5, 0, 2, 4])
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: next(choices))
+    launches.clear()
+    assert run_all(engine, _requests(8)) == expected
+    assert len(launches) > 5
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_seed_draws_the_tokens_that_it_draws_in_the_plain_step(
+    make_engine: EngineFactory, launches: list[int], overlap: bool
+) -> None:
+    mixed = [
+        {"temperature": 1.0, "has_own_seed": True},
+        {"temperature": 0.7, "top_p": 0.8, "has_own_seed": True},
+        {"temperature": 0.0},
+        {"temperature": 1.3, "top_k": 5, "min_p": 0.05, "has_own_seed": True},
+    ]
+    requests = [
+        request(str(i), prompt, seed=100 + i, **mixed[i % 4])  # type: ignore[arg-type]
+        for i, prompt in enumerate(prompts(8))
+    ]
+    expected = run_all(make_engine(), requests)
+    launches.clear()
+    assert run_all(make_engine(decode_on_device=True, enable_overlap=overlap), requests) == expected
+    assert len(launches) > 5
+
+
+def test_requests_that_come_and_go_change_nothing(make_engine: EngineFactory, launches: list[int]) -> None:
+    """With chunks, cached prefixes, preemption and few slots; sequences end while the next step is under way."""
+    options = {"page_size": 4, "chunked_prefill_size": 7, "max_running_requests": 3, "max_total_tokens": 260}
+    requests = [request(str(i), p, max_new_tokens=5 + 7 * i) for i, p in enumerate(prompts(10))]
+    requests += [request(f"again {i}", p, max_new_tokens=9) for i, p in enumerate(prompts(10))]
+    expected = run_all(make_engine(**options), requests)
+    engine = make_engine(decode_on_device=True, **options)
+    launches.clear()
+    assert run_all(engine, requests) == expected
+    assert len(launches) > 20
+    assert engine.stats().cached_tokens > 0
+
+
+def test_a_stop_token_inside_an_accepted_chain_ends_the_request_there(make_engine: EngineFactory) -> None:
+    requests = [request(str(i), p, ignore_eos=False, max_new_tokens=60) for i, p in enumerate(prompts(12))]
+    expected = run_all(make_engine(), requests)
+    assert any(tokens[-1] in (1, 2) for tokens in expected.values())
+    assert run_all(make_engine(decode_on_device=True), requests) == expected
+
+
+def test_what_only_the_plain_step_does_is_left_to_it(make_engine: EngineFactory, launches: list[int]) -> None:
+    special = [{"num_top_logprobs": 2}, {"presence_penalty": 0.5}, {"logit_bias": {3: 4.0}}, {"min_new_tokens": 10}]
+    for fields in special:
+        requests = [request("a", [5, 6, 7], **fields), request("b", [8, 9])]  # type: ignore[arg-type]
+        expected = run_all(make_engine(), requests)
+        assert run_all(make_engine(decode_on_device=True), requests) == expected
+    engine = make_engine(decode_on_device=True)
+    (outputs,) = run_outputs(engine, [request("c", [5, 6, 7], num_top_logprobs=2)]).values()
+    assert all(output.logprobs for output in outputs)
+
+
+def test_an_aborted_request_frees_its_pages_while_a_step_is_under_way(make_engine: EngineFactory) -> None:
+    expected = run_all(make_engine(), _requests(4, max_new_tokens=40))
+    engine = make_engine(decode_on_device=True)
+    for one in _requests(4, max_new_tokens=40):
+        assert engine.add(one) is None
+    found: dict[str, list[int]] = {str(i): [] for i in range(4)}
+    for step in itertools.count():
+        for output in engine.step():
+            found[output.rid] += output.token_ids
+        if step == 4:
+            (aborted,) = engine.abort("2")
+            assert aborted.finish_reason == "abort"
+        engine.scheduler.check()
+        if not engine.has_work:
+            break
+    assert {rid: found[rid] for rid in "013"} == {rid: expected[rid] for rid in "013"}
+    assert found["2"] == expected["2"][: len(found["2"])]
+    assert len(found["2"]) < 40
+    assert engine.scheduler.pages.num_available == engine.scheduler.pages.num_pages
+    assert run_all(engine, _requests(4, max_new_tokens=40)) == expected, "nothing is left of the aborted one"
+
+
+def test_the_end_of_the_context_is_reached_as_in_the_plain_step(make_engine: EngineFactory) -> None:
+    options = {"context_length": 64, "page_size": 8}
+    requests = [request(str(i), p, max_new_tokens=100) for i, p in enumerate(prompts(6, longest=50))]
+    expected = run_all(make_engine(**options), requests)
+    assert all(len(p) + len(expected[str(i)]) == 64 for i, p in enumerate(prompts(6, longest=50)))
+    assert run_all(make_engine(decode_on_device=True, **options), requests) == expected
+
+
+def test_padded_sizes_waste_little_and_reach_the_largest() -> None:
+    for most in (1, 2, 5, 16, 64, 100, 256):
+        sizes = padded_sizes(most)
+        assert sizes[-1] == most
+        assert list(sizes) == sorted(set(sizes))
+        for num in range(1, most + 1):
+            assert next(size for size in sizes if size >= num) <= 1.5 * num
