@@ -328,7 +328,7 @@ def _stray_write() -> None:
         nonlocal num_chains
         num_chains += sum(extend.num_drafts > 0 for extend in extends)
         if num_chains > 700:
-            self._draft.norm.weight.zero_()
+            self.draft.norm.weight.zero_()
         return done
 
     _change_catch_up(change)

@@ -301,6 +301,7 @@ OTHER: dict[str, Any] = {
     "speculative_num_draft_tokens": 4,
     "speculative_shadow_rate": 0.5,
     "max_total_tokens": 640,
+    "mem_fraction_static": 0.5,
     "stream_interval": 2,
     "port": 7,
 }

@@ -1,4 +1,4 @@
-"""A GPU's way of decoding, run on the CPU: steps over tensors alone, launched before the last one's tokens are known."""
+"""A GPU's way of decoding, run on the CPU: tensors alone, and steps launched before the last ones' tokens are known."""
 
 from __future__ import annotations
 

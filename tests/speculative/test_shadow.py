@@ -121,7 +121,7 @@ def test_a_wrong_page_in_the_prefix_cache_is_found(make_engine: EngineFactory) -
     prompt = [i % 23 for i in range(100)]
     run_all(engine, [request("first", prompt)])
     assert counts(engine).num_disagreements == 0
-    engine._cycle._kv_cache.v[:4].mul_(-1.0)
+    engine._stepper._cycle._kv_cache.v[:4].mul_(-1.0)
     run_all(engine, [request("second", prompt)])
     assert counts(engine).num_disagreements > 0
 
