@@ -81,12 +81,7 @@ class DecodeStep:
         if self._proposer is not None:
             self._proposer.store_hidden(places.slots.view(-1), hidden)
         logits = self._target.compute_logits(hidden).view(num_seqs, num_drafts + 1, -1)
-        if is_greedy:
-            num_accepted, final = _verify_greedy(logits.argmax(-1), draft_tokens_kept)
-        else:
-            probs = self._probs(logits.flatten(0, 1), rows.read.repeat_interleave(num_drafts + 1)).view(logits.shape)
-            kept = probs[:, :num_drafts] if draft_probs is None else draft_probs.masked_fill(beyond[:, :, None], 0.0)
-            num_accepted, final = self._verify(rows, num_tokens, probs, kept, draft_tokens_kept)
+        num_accepted, final = self._accept(rows, num_tokens, logits, draft_tokens_kept, draft_probs, is_greedy)
         tokens = _compacted(draft_tokens, num_accepted, final)
         self._commit(rows.write, num_tokens, num_accepted, tokens)
         return torch.cat([num_accepted[:, None], tokens], 1)
@@ -126,19 +121,31 @@ class DecodeStep:
         of_slot = (self._state.temperature, self._state.top_k, self._state.top_p, self._state.min_p)
         return sampling_probs(logits, *(values.index_select(0, slots) for values in of_slot))
 
-    def _verify(
+    def _accept(
         self,
         rows: DecodeRows,
         num_tokens: torch.Tensor,
-        probs: torch.Tensor,
-        draft_probs: torch.Tensor,
+        logits: torch.Tensor,
         draft_tokens: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        is_greedy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits: [S, k + 1, V]; draft_tokens: [S, k], NO_DRAFT beyond a chain's end; draft_probs: [S, k, V]
+
+        Returns the number of accepted drafts and the token after them, [S] each.
+        """
+        if is_greedy:
+            return _verify_greedy(logits.argmax(-1), draft_tokens)
+        num_drafts = draft_tokens.shape[1]
+        slots = rows.read.repeat_interleave(num_drafts + 1)
+        probs = self._probs(logits.flatten(0, 1), slots).view(logits.shape)
+        if draft_probs is None:
+            draft_probs = probs[:, :0]
         seeds = self._state.seed.index_select(0, rows.read)
-        positions = num_tokens[:, None] + torch.arange(probs.shape[1], device=probs.device)
+        positions = num_tokens[:, None] + torch.arange(num_drafts + 1, device=probs.device)
         return verify_sampled(
             probs,
-            draft_probs,
+            draft_probs.masked_fill((draft_tokens == NO_DRAFT)[:, :, None], 0.0),
             draft_tokens,
             random_uniform(seeds, positions[:, :-1], ACCEPT_STREAM),
             random_uniform(seeds, positions, FINAL_STREAM),
