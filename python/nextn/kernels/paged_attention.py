@@ -151,19 +151,27 @@ def choose_config(
     *,
     batch_invariant: bool,
 ) -> AttentionConfig:
-    """Registers and shared memory for two programs per processor where tiles are small, else for one.
+    """So that registers do not spill, and two programs or more share a processor where memory is the limit.
 
     num_rows: (new token, query head) pairs of the longest sequence and one KV head
     shared_memory: bytes that a program can have
     """
     if dtype == torch.float32:  # no tensor cores
         return AttentionConfig(16, 32, num_warps=4, num_stages=1)
-    is_small = shared_memory < 200 << 10 or batch_invariant or head_dim > 128
-    block_m = 64 if batch_invariant else min(max(gpu.next_power_of_2(num_rows), 16), 128)
-    block_n = 32 if is_small and block_m > 32 else 64
-    return AttentionConfig(
-        block_m, block_n, num_warps=8 if block_m == 128 else 4, num_stages=4 if kv_dtype == FP8 else 3
-    )
+    is_large, is_fp8 = shared_memory >= 200 << 10, kv_dtype == FP8
+    if batch_invariant:
+        return AttentionConfig(64 if is_large else 32, 32, num_warps=4, num_stages=4 if is_fp8 else 3)
+    block_m = min(max(gpu.next_power_of_2(num_rows), 16), 128)
+    num_stages = 3
+    if num_rows > 256:  # limited by arithmetic
+        block_n, num_stages = (128 if is_large else 64), 2
+    elif block_m <= 32:
+        block_n = 128 if is_fp8 else 64
+    else:
+        block_n, num_stages = (64 if is_large else 32), (4 if is_fp8 else 3)
+    if head_dim > 128:
+        block_n //= 2
+    return AttentionConfig(block_m, block_n, 8 if block_m == 128 else 4, num_stages)
 
 
 def _launch_attention(
@@ -193,14 +201,10 @@ def _launch_attention(
         )
         _launch_tiles(q, k_cache, v_cache, layout, scale, out, (shortest, longest), config, batch_invariant)
 
-    if batch_invariant:
+    if batch_invariant or longest <= SHORT or layout.starts.shape[0] == 1:
         launch(0, longest, longest * group)
-        return out
-    if longest > SHORT:
+    else:
         launch(SHORT, longest, longest * group)
-    if longest <= SHORT:
-        launch(0, longest, longest * group)
-    elif layout.starts.shape[0] > 1:
         # Beside prompts, most of the short ones are as short as drafts are.
         launch(0, SHORT, 5 * group)
     return out
