@@ -1,8 +1,7 @@
-"""Where Triton's kernels run in tests: on the GPU if there is one, else on the CPU, in Triton's interpreter."""
+"""Triton's interpreter on the CPU, made to round as the hardware does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,8 @@ _DTYPES = {
 }
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.device:
-    """A device whose tensors the public functions give to Triton."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, tensors on the CPU go to Triton's kernels, which its interpreter runs."""
     from triton.runtime import interpreter
 
     monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
@@ -42,7 +29,6 @@ def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.devi
     monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
     monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
-    return torch.device("cpu")
 
 
 def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
