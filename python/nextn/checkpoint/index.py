@@ -23,7 +23,9 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class TensorReader(Protocol):
-    def __call__(self, name: str) -> torch.Tensor: ...
+    """Reads a tensor, or some of its rows and columns (None: all)."""
+
+    def __call__(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,32 @@ class CheckpointIndex:
 
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
-        """A function that reads one tensor by name; each file is opened once, and only what is asked for is read."""
+        """A function that reads one tensor, or a part; each file is opened once, and only what is asked for is read."""
         from safetensors import SafetensorError, safe_open
 
         with ExitStack() as stack:
             handles: dict[Path, Any] = {}
 
-            def read(name: str) -> torch.Tensor:
+            def read(name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
                 info = self.tensors[name]
                 try:
                     if info.file not in handles:
                         handles[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
-                    tensor: torch.Tensor = handles[info.file].get_tensor(name)
+                    file = handles[info.file]
+                    tensor: torch.Tensor = (
+                        file.get_tensor(name)
+                        if rows is None and columns is None
+                        else file.get_slice(name)[tuple(map(_slice, (rows, columns)))[: len(info.shape)]]
+                    )
                 except (SafetensorError, OSError) as error:
                     raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
                 return tensor
 
             yield read
+
+
+def _slice(part: range | None) -> slice:
+    return slice(None) if part is None else slice(part.start, part.stop)
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -10,22 +10,21 @@ from typing import Any
 import msgspec
 import torch
 
-from nextn.checkpoint.loader import load_model
 from nextn.config.engine_config import EngineConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import RequestError
 from nextn.execution.counters import Counters
-from nextn.execution.memory import kv_bytes_per_token, make_kv_cache, num_pages_for
+from nextn.execution.memory import kv_bytes_per_token
 from nextn.execution.outputs import check_request, output_of, refusal
 from nextn.execution.rehearsal import run_canary, warm_up
+from nextn.execution.shard import load_shard
 from nextn.execution.step import run_step
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
-from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.monitor import AcceptanceMonitor
 from nextn.speculative.policy import DraftLengthPolicy
-from nextn.speculative.proposer import NextNProposer
 from nextn.speculative.shadow import ShadowCheck
 
 DEFAULT_NUM_DRAFT_STEPS = 3
@@ -40,15 +39,16 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A model, its KV pool, a scheduler, and the cycle that runs them."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, tp: TensorParallel = SINGLE) -> None:
         """Load the checkpoint and allocate the KV pool.
 
+        tp: rank 0 of the ranks that hold the model together; the others run ``follow``
         Raises CheckpointError or ConfigError, whose message says what to change.
         """
         started = time.monotonic()
-        device = torch.device("cpu")
         self.config = config
-        self._loaded = load_model(config, device=device, dtype=_dtype(config.dtype), want_draft=config.wants_draft)
+        shard = load_shard(config, tp)
+        self._loaded, self._cycle, kv_cache, num_pages = shard.loaded, shard.cycle, shard.kv_cache, shard.num_pages
         model_config, draft = self._loaded.model_config, self._loaded.draft
         num_drafts = config.num_draft_steps
         self._policy: DraftLengthPolicy | None = None
@@ -57,30 +57,9 @@ class Engine:
             self._policy = DraftLengthPolicy(MAX_NUM_DRAFT_STEPS) if draft is not None else None
         self.max_draft_steps = num_drafts if self._policy is None else MAX_NUM_DRAFT_STEPS
 
-        context = config.context_length or model_config.max_position_embeddings
-        num_layers = model_config.num_hidden_layers + (draft is not None)
-        dtype = self._loaded.target.dtype
-        num_pages = num_pages_for(
-            model_config,
-            has_draft=draft is not None,
-            dtype=dtype,
-            page_size=config.page_size,
-            max_total_tokens=config.max_total_tokens,
-            wanted_tokens=config.max_running_requests * (context + config.page_size),
-        )
-        self.context_length = min(context, num_pages * config.page_size)
+        self.context_length = shard.context_length
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = tuple(model_config.eos_token_ids)
-        kv_cache = make_kv_cache(
-            model_config,
-            num_layers=num_layers,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            dtype=dtype,
-            device=device,
-        )
-        proposer = None if draft is None else NextNProposer(draft, kv_cache)
-        self._cycle = SpeculativeCycle(self._loaded.target, proposer, kv_cache, page_size=config.page_size)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_running=config.max_running_requests,
@@ -117,14 +96,19 @@ class Engine:
         )
         self._shadow: ShadowCheck | None = None
         if config.shadow_rate:
-            self._shadow = ShadowCheck(self._loaded.target, kv_cache, self.scheduler.pages, config.shadow_rate)
+            self._shadow = ShadowCheck(
+                self._loaded.target, kv_cache, self.scheduler.pages, config.shadow_rate, self._cycle.leader
+            )
+        token_bytes = kv_bytes_per_token(
+            model_config, self._loaded.target.dtype, has_draft=draft is not None, tp_size=tp.size
+        )
         self.load_seconds = time.monotonic() - started
         logger.info(
             "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
             self._loaded.report.as_table(),
             num_pages * config.page_size,
             num_pages,
-            num_pages * config.page_size * kv_bytes_per_token(model_config, dtype, has_draft=draft is not None) / 2**20,
+            num_pages * config.page_size * token_bytes / 2**20,
             num_drafts if self._policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )
@@ -182,6 +166,14 @@ class Engine:
                 self._shadow.offer(extend.seq)
         self._counters.num_steps += bool(steps)
         return outputs
+
+    def still_here(self) -> None:
+        """Tell the other ranks, if there are any, that nothing is wrong although nothing happens."""
+        self._cycle.leader.still_here()
+
+    def close(self) -> None:
+        """Let the other ranks end. Nothing can be computed afterwards."""
+        self._cycle.leader.finish()
 
     def flush_cache(self) -> int:
         """Drop every cached prefix that no request uses; returns the number of pages freed."""
@@ -245,13 +237,3 @@ class Engine:
             "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),
         }
-
-
-def _dtype(name: str) -> torch.dtype:
-    """The computing type on CPU."""
-    return {
-        "auto": torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[name]

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from nextn.config.cuts import num_kv_heads_of
 from nextn.config.model_config import ModelConfig
 from nextn.errors import ConfigError
 from nextn.layers.kv_cache import KVCache
@@ -14,10 +15,10 @@ CPU_KV_FRACTION = 0.25
 """Share of the machine's free memory that the KV pool may grow to on a CPU (pages are touched only when used)."""
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, has_draft: bool) -> int:
-    """Bytes of K and V that one token takes in all layers, and of the hidden state that is kept for the draft layer."""
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, has_draft: bool, tp_size: int = 1) -> int:
+    """Bytes on each rank of K and V that one token takes in all layers, and of the hidden state kept for the draft."""
     num_layers = config.num_hidden_layers + has_draft
-    values = 2 * num_layers * config.num_key_value_heads * config.head_dim + has_draft * config.hidden_size
+    values = 2 * num_layers * num_kv_heads_of(config, tp_size) * config.head_dim + has_draft * config.hidden_size
     return values * dtype.itemsize
 
 
@@ -29,14 +30,19 @@ def num_pages_for(
     page_size: int,
     max_total_tokens: int | None,
     wanted_tokens: int,
+    tp_size: int = 1,
+    ranks_per_node: int = 1,
 ) -> int:
     """Pages in the KV pool: what the user fixed, else what ``wanted_tokens`` needs as far as memory allows.
+
+    tp_size, ranks_per_node: ranks that share the heads, and the memory
 
     Raises ConfigError if the pool could not hold two pages.
     """
     tokens = max_total_tokens
     if tokens is None:
-        affordable = int(_free_memory() * CPU_KV_FRACTION) // kv_bytes_per_token(config, dtype, has_draft=has_draft)
+        free = int(_free_memory() * CPU_KV_FRACTION / ranks_per_node)
+        affordable = free // kv_bytes_per_token(config, dtype, has_draft=has_draft, tp_size=tp_size)
         tokens = min(wanted_tokens, affordable)
     if tokens < 2 * page_size:
         raise ConfigError(
@@ -52,8 +58,15 @@ def _free_memory() -> int:
 
 
 def make_kv_cache(
-    config: ModelConfig, *, num_layers: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    *,
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_size: int = 1,
 ) -> KVCache:
-    """Zeroed K and V, each [num_layers, num_pages, page_size, num_key_value_heads, head_dim]."""
-    shape = (num_layers, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+    """Zeroed K and V, each [num_layers, num_pages, page_size, KV heads of a rank, head_dim]."""
+    shape = (num_layers, num_pages, page_size, num_kv_heads_of(config, tp_size), config.head_dim)
     return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))

@@ -1,0 +1,164 @@
+"""A group of ranks that hold a model together. Alone, every operation gives back what it was given.
+
+Tensors go where they are: NCCL between GPUs, gloo between CPUs. Control messages are bytes over gloo, from rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from nextn.errors import PeerLost
+
+HEAD_BYTES = 8192
+"""Of a message, sent at once together with its length; most messages have no more."""
+LENGTH_BYTES = 8
+LOOPBACK = "lo"
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One rank's view of its group. Every rank must make the same calls in the same order.
+
+    ranks_per_node: ranks that share a machine
+    Raises PeerLost from any call if another rank is gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    ranks_per_node: int = 1
+
+    @property
+    def local_rank(self) -> int:
+        """The rank's place on its machine, and so the number of its device."""
+        return self.rank % self.ranks_per_node
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' x, in place."""
+        if self.size > 1:
+            with _naming_the_loss():
+                dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """All ranks' x side by side. x: [R, n], of one shape everywhere. Returns [R, size · n]."""
+        if self.size == 1:
+            return x
+        parts = x.new_empty(self.size, *x.shape)
+        with _naming_the_loss():
+            dist.all_gather_into_tensor(parts, x.contiguous())
+        return parts.transpose(0, 1).reshape(x.shape[0], -1)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's x, in place."""
+        if self.size > 1:
+            with _naming_the_loss():
+                dist.broadcast(x, 0)
+        return x
+
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        if self.size == 1:
+            return value
+        found = torch.tensor([value], device="cpu")
+        with _naming_the_loss():
+            dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found[0])
+
+    def send(self, message: bytes) -> None:
+        """From rank 0 to all others, who receive it."""
+        if self.size == 1:
+            return
+        framed = bytearray(len(message).to_bytes(LENGTH_BYTES, "little") + message)
+        framed += bytes(max(HEAD_BYTES - len(framed), 0))
+        data = torch.frombuffer(framed, dtype=torch.uint8)
+        with _naming_the_loss():
+            dist.broadcast(data[:HEAD_BYTES], 0)
+            if len(framed) > HEAD_BYTES:
+                dist.broadcast(data[HEAD_BYTES:], 0)
+
+    def receive(self) -> bytes:
+        """What rank 0 sends."""
+        head = torch.empty(HEAD_BYTES, dtype=torch.uint8, device="cpu")
+        with _naming_the_loss():
+            dist.broadcast(head, 0)
+            framed = head.numpy().tobytes()
+            length = LENGTH_BYTES + int.from_bytes(framed[:LENGTH_BYTES], "little")
+            if length > HEAD_BYTES:
+                rest = torch.empty(length - HEAD_BYTES, dtype=torch.uint8, device="cpu")
+                dist.broadcast(rest, 0)
+                framed += rest.numpy().tobytes()
+        return framed[LENGTH_BYTES:length]
+
+    def gather_columns(self, x: torch.Tensor, num_columns: int) -> torch.Tensor:
+        """All ranks' columns of a matrix of ``num_columns``, of which each but the last ones has as many as the first.
+
+        x: [R, n], this rank's. Returns [R, num_columns].
+        """
+        if self.size == 1:
+            return x
+        width = -(-num_columns // self.size)
+        return self.all_gather(F.pad(x, (0, width - x.shape[1])))[:, :num_columns]
+
+
+SINGLE = TensorParallel()
+
+
+def join(tp: TensorParallel, *, rendezvous: str | None, device: torch.device, timeout: float) -> None:
+    """Meet the other ranks, before the first call of any operation. A process is in one group at a time; ``leave`` ends it.
+
+    rendezvous: "file://PATH" for ranks of one machine, which then talk over the loopback interface only, or
+        "tcp://HOST:PORT", where rank 0 listens
+    device: where the tensors will be; the current CUDA device if it is one
+    timeout: seconds to wait, for the others here and in each later call
+    Raises PeerLost if they do not come.
+    """
+    if tp.size == 1:
+        return
+    assert rendezvous is not None, "several ranks need a place to meet"
+    with _naming_the_loss(), _gloo_over(LOOPBACK if rendezvous.startswith("file:") else None):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=rendezvous,
+            rank=tp.rank,
+            world_size=tp.size,
+            timeout=timedelta(seconds=timeout),
+        )
+
+
+def leave(tp: TensorParallel) -> None:
+    """End the group that ``join`` began."""
+    if tp.size > 1:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _naming_the_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"the connection to another rank was lost: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _gloo_over(interface: str | None) -> Iterator[None]:
+    """gloo takes its interface from the environment only. What the user has set stays."""
+    if interface is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        yield
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
