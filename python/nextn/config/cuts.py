@@ -61,8 +61,8 @@ def share_of(name: str, size: int, unit: int, tp_size: int, rank: int) -> range:
     num_units = -(-size // unit)
     if num_units < tp_size:
         raise ConfigError(
-            f"--tp-size {tp_size}: {name}: {size} is cut in multiples of {unit}, which makes {num_units} pieces; choose "
-            f"--tp-size {num_units} or less"
+            f"--tp-size {tp_size}: {name}: {size} is cut in multiples of {unit}, which makes {num_units} pieces; "
+            f"choose --tp-size {num_units} or less"
         )
     return range(rank * num_units // tp_size * unit, min((rank + 1) * num_units // tp_size * unit, size))
 

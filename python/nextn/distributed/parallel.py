@@ -6,10 +6,14 @@ Tensors go where they are: NCCL between GPUs, gloo between CPUs. Control message
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,11 @@ HEAD_BYTES = 8192
 """Of a message, sent at once together with its length; most messages have no more."""
 LENGTH_BYTES = 8
 LOOPBACK = "lo"
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""torch 2.13 has it under a new name."""
+
+SIOCGIFADDR = 0x8915
+"""Linux's ioctl for an interface's IPv4 address."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,11 @@ class TensorParallel:
         """All ranks' x side by side. x: [R, n], of one shape everywhere. Returns [R, size · n]."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size, *x.shape)
+        num_rows, width = x.shape
+        parts = x.new_empty(self.size * num_rows, width)
         with _naming_the_loss():
-            dist.all_gather_into_tensor(parts, x.contiguous())
-        return parts.transpose(0, 1).reshape(x.shape[0], -1)
+            _all_gather(parts, x.contiguous())
+        return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x, in place."""
@@ -116,7 +126,7 @@ SINGLE = TensorParallel()
 
 
 def join(tp: TensorParallel, *, rendezvous: str | None, device: torch.device, timeout: float) -> None:
-    """Meet the other ranks, before the first call of any operation. A process is in one group at a time; ``leave`` ends it.
+    """Meet the other ranks, before the first operation. A process is in one group at a time, until it ``leave``s.
 
     rendezvous: "file://PATH" for ranks of one machine, which then talk over the loopback interface only, or
         "tcp://HOST:PORT", where rank 0 listens
@@ -127,7 +137,7 @@ def join(tp: TensorParallel, *, rendezvous: str | None, device: torch.device, ti
     if tp.size == 1:
         return
     assert rendezvous is not None, "several ranks need a place to meet"
-    with _naming_the_loss(), _gloo_over(LOOPBACK if rendezvous.startswith("file:") else None):
+    with _naming_the_loss(), _gloo_over(_interface_towards(rendezvous)):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method=rendezvous,
@@ -141,6 +151,22 @@ def leave(tp: TensorParallel) -> None:
     """End the group that ``join`` began."""
     if tp.size > 1:
         dist.destroy_process_group()
+
+
+def _interface_towards(rendezvous: str) -> str | None:
+    """The network interface over which the first rank's machine is reached; None where the system does not say."""
+    where = urlparse(rendezvous)
+    if where.scheme == "file":
+        return LOOPBACK
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((where.hostname, where.port))  # sends nothing
+        address = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if found[20:24] == address:
+                    return name
+    return None
 
 
 @contextlib.contextmanager

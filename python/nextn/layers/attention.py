@@ -75,8 +75,8 @@ class Attention(nn.Module):
             block = (self.o_proj if part == "o" else self.qkv_proj).scheme.block
             if block is not None and num_heads * self.head_dim % block[axis]:
                 raise ConfigError(
-                    f"--tp-size {self.tp.size}: {prefix}.{part}_proj: a rank's {num_heads} heads of {self.head_dim} are "
-                    f"no multiple of its FP8 blocks of {block[axis]}; choose a smaller --tp-size"
+                    f"--tp-size {self.tp.size}: {prefix}.{part}_proj: a rank's {num_heads} heads of {self.head_dim} "
+                    f"are no multiple of its FP8 blocks of {block[axis]}; choose a smaller --tp-size"
                 )
 
     def prepare(self) -> None:

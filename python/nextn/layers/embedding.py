@@ -1,4 +1,4 @@
-"""Token embedding, which every rank holds whole, and output head, of which each rank holds a share of the vocabulary."""
+"""Token embedding, which every rank holds whole, and output head, of which each holds a share of the vocabulary."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from nextn.kernels.linear import PackedWeight, pack_weight
 from nextn.quantization.scheme import LinearScheme
 
 
-
 @dataclass(frozen=True)
 class Part:
     """The rows and columns of a checkpoint tensor that this rank holds; None is all of them."""

@@ -61,9 +61,7 @@ class Follower:
     @torch.inference_mode()
     def _score(self, part: ScorePart) -> None:
         device = self._kv_cache.k.device
-        batch = make_extend_batch(
-            [(part.start, len(part.tokens))], [part.pages], self._kv_cache.page_size, device
-        )
+        batch = make_extend_batch([(part.start, len(part.tokens))], [part.pages], self._kv_cache.page_size, device)
         hidden = self._target.forward(torch.tensor(part.tokens, device=device), batch, self._kv_cache)
         if part.first_row < len(part.tokens):
             self._target.compute_logits(hidden[part.first_row :])

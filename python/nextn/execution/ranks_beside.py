@@ -1,0 +1,57 @@
+"""Rank 0 in a process of the user's own, and the other ranks beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import PeerLost
+from nextn.execution.engine import Engine
+from nextn.execution.rank_process import joined
+from nextn.execution.ranks import RankProcesses, places_of_node
+from nextn.protocol.channel import private_socket_dir
+
+EXIT_TIMEOUT = 5.0
+"""Seconds for the other ranks to leave after they were told to."""
+
+TIMEOUT = 365 * 86400.0
+"""Nothing tells the other ranks that this process is well while its user does something else."""
+
+
+class RanksBeside:
+    """Owns the processes of ranks 1 … tp_size - 1, which end with this process at the latest."""
+
+    def __init__(self, config: EngineConfig, tp_size: int, num_threads: int | None, log_level: str) -> None:
+        self._resources = contextlib.ExitStack()
+        directory = private_socket_dir()
+        self._resources.callback(shutil.rmtree, directory, ignore_errors=True)
+        rendezvous = f"file://{directory}/rendezvous"
+        self._mine, *others = places_of_node(tp_size, nnodes=1, node_rank=0, rendezvous=rendezvous, timeout=TIMEOUT)
+        self._processes = RankProcesses(others, config, socket_dir=None, num_threads=num_threads, log_level=log_level)
+
+    def start_engine(self, config: EngineConfig) -> Engine:
+        """The engine of rank 0. If it cannot start, the other ranks end."""
+        try:
+            with self.naming_losses():
+                tp = self._resources.enter_context(joined(config, self._mine))
+                return Engine(config, tp)
+        except BaseException:
+            self._processes.end(0)
+            raise
+
+    def close(self, engine: Engine) -> None:
+        """End the other ranks."""
+        with contextlib.suppress(PeerLost):
+            engine.close()
+        self._resources.close()
+        self._processes.end(EXIT_TIMEOUT)
+
+    @contextlib.contextmanager
+    def naming_losses(self) -> Iterator[None]:
+        """A PeerLost that leaves the block says which rank ended, and how."""
+        try:
+            yield
+        except PeerLost as error:
+            raise PeerLost(self._processes.why_ended() or str(error)) from error
