@@ -174,7 +174,7 @@ def _naming_the_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(f"the connection to another rank was lost: {str(error).splitlines()[0]}") from error
+        raise PeerLost(f"the connection to another rank was lost: {str(error).partition('. ')[0]}") from error
 
 
 @contextlib.contextmanager

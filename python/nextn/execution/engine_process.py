@@ -32,8 +32,8 @@ from nextn.protocol.messages import (
 IDLE_POLL_MS = 500
 """How often an idle engine looks whether its parent still lives."""
 
-STILL_HERE_SECONDS = 30.0
-"""How often an idle engine tells the other ranks that it is there."""
+STILL_HERE_SECONDS = 1.0
+"""How often an idle engine tells the other ranks that it is there, and so learns whether they are."""
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,10 @@ class RanksBeside:
         self._mine, *others = places_of_node(tp_size, nnodes=1, node_rank=0, rendezvous=rendezvous, timeout=TIMEOUT)
         self._processes = RankProcesses(others, config, socket_dir=None, num_threads=num_threads, log_level=log_level)
 
+    @property
+    def pids(self) -> list[int | None]:
+        return self._processes.pids
+
     def start_engine(self, config: EngineConfig) -> Engine:
         """The engine of rank 0. If it cannot start, the other ranks end."""
         try:
