@@ -109,7 +109,7 @@ def test_four_ranks_share_two_kv_heads(engine_over: EngineContext, folder: Path)
     for num_ranks in (1, 4):
         with engine_over(num_ranks, **options) as engine:
             assert engine._cycle._kv_cache.k.shape[3] == {1: 2, 4: 1}[num_ranks]
-            found.append((said(run_outputs(engine, [request(str(i), p, 10) for i, p in enumerate(prompts(3))]))))
+            found.append(said(run_outputs(engine, [request(str(i), p, 10) for i, p in enumerate(prompts(3))])))
     assert found[0] == found[1]
 
 

@@ -45,7 +45,7 @@ def test_the_parts_of_all_ranks_are_the_whole(folder: Path, quant: Any, size: in
             seen[name] += view.numel()
     repeated = {2: 1, 4: 2}[size]  # of two KV heads, each is on two of four ranks
     for name, count in seen.items():
-        is_cut = "_proj." in name and "eh_proj" not in name or name.endswith("head.weight")
+        is_cut = ("_proj." in name and "eh_proj" not in name) or name.endswith("head.weight")
         times = repeated if ".k_proj." in name or ".v_proj." in name else 1 if is_cut else size
         assert count == times * whole[name].numel(), name
 

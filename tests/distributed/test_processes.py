@@ -55,8 +55,8 @@ def test_two_ranks_serve_and_a_killed_one_ends_the_server_with_its_name(one_rank
     with launched(*SMALL, module=MODULE) as server:
         server.wait_ready(60)
         assert answer(server)["output_ids"] == one_rank
-        assert server.http.get("/get_server_info").json()["server_args"]["tp_size"] == 2
-        first, second = rank_pids(server)
+        assert server.http.get("/get_server_info").json()["tp_size"] == 2
+        _, second = rank_pids(server)
         started = time.monotonic()
         os.kill(second, signal.SIGKILL)
         assert server.wait() == 1
@@ -85,17 +85,6 @@ def test_the_death_of_the_server_ends_every_node(folder: Path) -> None:
         wait_until(lambda: not first.children(), 10)
         assert second.wait() == 1
         assert "rank 1 of 2" in second.err[-1]
-
-
-def test_arguments_that_differ_between_nodes_are_refused() -> None:
-    flags = (*SMALL, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
-    with (
-        launched(*flags, module=MODULE) as first,
-        launched(*flags, "--node-rank", "1", "--page-size", "8", module=MODULE) as second,
-    ):
-        assert second.wait(60) == 1
-        assert "page_size: found 8, expected 16 as on the first node" in "".join(second.err)
-        assert first.wait(60) == 1
 
 
 def test_a_model_that_cannot_be_cut_ends_the_server_with_one_line(folder: Path) -> None:

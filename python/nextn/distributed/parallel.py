@@ -10,7 +10,8 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlparse
@@ -27,6 +28,9 @@ LENGTH_BYTES = 8
 LOOPBACK = "lo"
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """torch 2.13 has it under a new name."""
+
+MEETING_POLL = 0.05
+"""Seconds between two looks whether all ranks are there."""
 
 SIOCGIFADDR = 0x8915
 """Linux's ioctl for an interface's IPv4 address."""
@@ -119,32 +123,67 @@ class TensorParallel:
         if self.size == 1:
             return x
         width = -(-num_columns // self.size)
-        return self.all_gather(F.pad(x, (0, width - x.shape[1])))[:, :num_columns]
+        if x.shape[1] < width:
+            x = F.pad(x, (0, width - x.shape[1]))
+        return self.all_gather(x)[:, :num_columns]
 
 
 SINGLE = TensorParallel()
 
 
-def join(tp: TensorParallel, *, rendezvous: str | None, device: torch.device, timeout: float) -> None:
+def join(
+    tp: TensorParallel,
+    *,
+    rendezvous: str | None,
+    device: torch.device,
+    timeout: float,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> None:
     """Meet the other ranks, before the first operation. A process is in one group at a time, until it ``leave``s.
 
     rendezvous: "file://PATH" for ranks of one machine, which then talk over the loopback interface only, or
         "tcp://HOST:PORT", where rank 0 listens
-    device: where the tensors will be; the current CUDA device if it is one
+    device: where the tensors will be; a CUDA device becomes the process's current one
     timeout: seconds to wait, for the others here and in each later call
+    while_waiting: called now and then until all are here; may raise
     Raises PeerLost if they do not come.
     """
     if tp.size == 1:
         return
     assert rendezvous is not None, "several ranks need a place to meet"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL asks for it
     with _naming_the_loss(), _gloo_over(_interface_towards(rendezvous)):
+        store = _store_at(rendezvous, tp, timeout)
+        store.set(f"here/{tp.rank}", "")
+        deadline = time.monotonic() + timeout
+        while not store.check([f"here/{rank}" for rank in range(tp.size)]):
+            while_waiting()
+            if time.monotonic() > deadline:
+                raise PeerLost(f"not all of {tp.size} ranks came to {rendezvous} within {timeout:g} s")
+            time.sleep(MEETING_POLL)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=rendezvous,
+            store=store,
             rank=tp.rank,
             world_size=tp.size,
             timeout=timedelta(seconds=timeout),
         )
+
+
+def _store_at(rendezvous: str, tp: TensorParallel, timeout: float) -> dist.Store:
+    where = urlparse(rendezvous)
+    if where.scheme == "file":
+        return dist.FileStore(where.path, tp.size)
+    assert where.hostname is not None and where.port is not None, "the address was checked where it was read"
+    return dist.TCPStore(
+        where.hostname,
+        where.port,
+        tp.size,
+        is_master=tp.is_first,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+    )
 
 
 def leave(tp: TensorParallel) -> None:
@@ -173,7 +212,7 @@ def _interface_towards(rendezvous: str) -> str | None:
 def _naming_the_loss() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError as error:  # gloo and NCCL raise nothing narrower
         raise PeerLost(f"the connection to another rank was lost: {str(error).partition('. ')[0]}") from error
 
 

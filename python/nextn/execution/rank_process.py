@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,13 +34,22 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def joined(config: EngineConfig, place: RankPlace) -> Iterator[TensorParallel]:
+def joined(
+    config: EngineConfig, place: RankPlace, while_waiting: Callable[[], None] = lambda: None
+) -> Iterator[TensorParallel]:
     """The group that this process is a rank of, until the block ends.
 
+    while_waiting: called now and then until all are here; may raise
     Raises PeerLost if the others do not come, ConfigError if they were started with other arguments.
     """
     tp = TensorParallel(place.rank, place.size, place.ranks_per_node)
-    join(tp, rendezvous=place.rendezvous, device=device_of(tp.local_rank), timeout=place.timeout)
+    join(
+        tp,
+        rendezvous=place.rendezvous,
+        device=device_of(tp.local_rank),
+        timeout=place.timeout,
+        while_waiting=while_waiting,
+    )
     _check_agreement(config, tp)
     yield tp
     leave(tp)  # not after a failure: it would wait for the others

@@ -8,8 +8,11 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
+from nextn.config.cuts import check_cut
 from nextn.config.engine_config import EngineConfig
+from nextn.config.model_config import ModelConfig
 from nextn.config.ranks import PEER_LOST_EXIT_CODE, RankPlace
 
 EngineEntry = Callable[[EngineConfig, str, int, int | None, str], None]
@@ -20,6 +23,7 @@ class RankProcesses:
 
     socket_dir: where rank 0 meets the server; None where there is none
     engine_entry: what the process of a rank that is alone runs; None is the real engine
+    Raises ConfigError, before a process starts, if the model's heads cannot be cut over the ranks.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class RankProcesses:
         log_level: str,
         engine_entry: EngineEntry | None = None,
     ) -> None:
+        if places[0].size > 1:
+            check_cut(ModelConfig.from_pretrained(Path(config.model_path)), places[0].size)
         self.places = tuple(places)
         self._processes: list[SpawnProcess] = []
         try:

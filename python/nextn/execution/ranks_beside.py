@@ -39,11 +39,16 @@ class RanksBeside:
         """The engine of rank 0. If it cannot start, the other ranks end."""
         try:
             with self.naming_losses():
-                tp = self._resources.enter_context(joined(config, self._mine))
+                tp = self._resources.enter_context(joined(config, self._mine, self._check_alive))
                 return Engine(config, tp)
         except BaseException:
             self._processes.end(0)
+            self._resources.close()
             raise
+
+    def _check_alive(self) -> None:
+        if (reason := self._processes.why_ended()) is not None:
+            raise PeerLost(reason)
 
     def close(self, engine: Engine) -> None:
         """End the other ranks."""
