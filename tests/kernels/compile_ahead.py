@@ -22,8 +22,10 @@ import triton
 from nextn.kernels import gpu
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.published import all_launches
+from tests.kernels.published.common import SHARED_MEMORY
 
 TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
@@ -66,7 +68,9 @@ def recorded(arch: int) -> list[Launch]:
     gpu.launch = record
     gpu.suits = lambda *tensors: True  # type: ignore[assignment]
     gpu.has_fp8_units = lambda device: arch >= 89  # type: ignore[assignment]
+    gpu.has_descriptors = lambda device: arch >= 90  # type: ignore[assignment]
     gpu.num_processors = lambda device: PROCESSORS  # type: ignore[assignment]
+    gpu.shared_memory = lambda device: SHARED_MEMORY[arch]  # type: ignore[assignment]
     for case, run in all_launches(has_fp8_units=arch >= 89):  # noqa: B007 - read by record
         run()
     return list(found.values())
@@ -79,15 +83,18 @@ def specialised(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, An
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for name, value in zip(names, arguments, strict=True):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and name not in kernel.do_not_specialize:
             constants = {**constants, name: 1}
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
+        is_aligned = isinstance(value, int) and value != 1 and value % 16 == 0 and name not in kernel.do_not_specialize
+        if isinstance(value, torch.Tensor) or is_aligned:
             attributes[kernel.arg_names.index(name),] = [["tt.divisibility", 16]]
     everything = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     return ASTSource(kernel, signature=everything, constexprs=constants, attrs=attributes)
@@ -121,8 +128,17 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "shared_bytes": binary.metadata.shared,
         "uses_wgmma": "wgmma.mma_async" in ptx,
         "uses_mma": "mma.sync" in ptx,
-        "multiplies_fp8": "e4m3" in ptx and ("wgmma.mma_async" in ptx or "mma.sync" in ptx),
-        "constants": {str(k): v for k, v in launch.source.constants.items() if isinstance(v, int)},
+        "uses_tcgen05": "tcgen05.mma" in ptx,
+        "multiplies_fp8": any(
+            "e4m3" in line or "f8f6f4" in line
+            for line in ptx.splitlines()
+            if any(name in line for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
+        ),
+        "constants": {
+            launch.kernel.arg_names[place]: value
+            for (place,), value in launch.source.constants.items()
+            if isinstance(value, int)
+        },
     }
 
 

@@ -39,7 +39,9 @@ def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.devi
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
     monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
     return torch.device("cpu")
 
 

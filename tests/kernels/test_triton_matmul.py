@@ -1,10 +1,21 @@
-"""The Triton FP8 products against float64, over ragged sizes, every epilogue, and both ways of cutting them up."""
+"""The Triton products against float64, over ragged sizes, every epilogue, and both ways of cutting them up."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, choose_config, dequantize, w8a8_matmul
+from nextn.kernels import fp8_matmul, gpu
+from nextn.kernels.fp8_matmul import (
+    MAX_TILES,
+    block_fp8_matmul,
+    choose_config,
+    dequantize,
+    num_tiles,
+    w8a8_matmul,
+    wide_matmul,
+)
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel, quantize_per_group, quantize_per_token
 
 SIZES = [(1, 64, 128), (3, 100, 200), (17, 96, 640), (64, 70, 1100), (65, 130, 144), (200, 300, 256)]
@@ -94,9 +105,103 @@ def test_batch_invariance_is_exact(device: torch.device) -> None:
         assert torch.equal(alone, whole[rows])
 
 
+@pytest.mark.parametrize("block", [None, (128, 128), (64, 32)])
+@pytest.mark.parametrize("size", [(65, 130, 144), (150, 300, 256)])
+def test_copies_by_descriptor_give_the_same(
+    size: tuple[int, int, int], block: tuple[int, int] | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, n, k = size
+    x, w = torch.randn(m, k), torch.randn(n, k)
+    if block is None:
+        operands = (*quantize_per_token(x), *quantize_per_channel(w))
+    else:
+        operands = (*quantize_per_group(x, block[1]), *quantize_blocks(w, block))
+    moved = [t.to(device) for t in operands]
+    multiply = w8a8_matmul if block is None else partial(block_fp8_matmul, block=block)
+    plain = multiply(*moved)
+    described: list[torch.Tensor] = []
+    original = gpu.described
+    monkeypatch.setattr(fp8_matmul, "MIN_ROWS_FOR_DESCRIPTORS", 1)
+    monkeypatch.setattr(gpu, "described", lambda x, block: described.append(x) or original(x, block))
+    assert torch.equal(multiply(*moved), plain)
+    assert len(described) == (2 if gpu.has_descriptors(device) else 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "epilogue"),
+    [(torch.bfloat16, "plain"), (torch.bfloat16, "both"), (torch.float16, "bias"), (torch.float16, "residual")],
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_that_are_not_quantized(
+    size: tuple[int, int, int], dtype: torch.dtype, epilogue: str, device: torch.device
+) -> None:
+    m, n, k = size
+    x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    bias = torch.randn(n).to(dtype) if epilogue in ("bias", "both") else None
+    residual = torch.randn(m, n).to(dtype) if epilogue in ("residual", "both") else None
+    exact, parts = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    for term in (bias, residual):
+        if term is not None:
+            exact, parts = exact + term.double(), parts + term.double().abs()
+    moved = [None if t is None else t.to(device) for t in (x, w, bias, residual)]
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    _check(wide_matmul(*moved, out_dtype=torch.float32, counters=counters), exact, parts)  # type: ignore[arg-type]
+    assert not counters.any(), "the counters are ready for the next product"
+    for batch_invariant in (False, True):
+        rounded = wide_matmul(*moved, batch_invariant=batch_invariant)  # type: ignore[arg-type]
+        assert rounded.dtype == dtype
+        # Torch's own product, for many rows, rounds once before the residual is added.
+        rounding = 2**-8 if dtype == torch.bfloat16 else 2**-11
+        assert bool(((rounded.cpu().double() - exact).abs() <= 2 * rounding * parts).all())
+
+
+def test_unquantized_batch_invariance_is_exact(device: torch.device) -> None:
+    x, w = torch.randn(130, 384).bfloat16().to(device), torch.randn(72, 384).bfloat16().to(device)
+    whole = wide_matmul(x, w, batch_invariant=True)
+    for rows in (slice(0, 1), slice(3, 20), slice(60, 129)):
+        assert torch.equal(wide_matmul(x[rows].contiguous(), w, batch_invariant=True), whole[rows])
+
+
+def test_rows_that_are_not_neighbours(device: torch.device) -> None:
+    """A view of some columns, as of a hidden state beside another."""
+    both, w = torch.randn(9, 512).bfloat16().to(device), torch.randn(70, 256).bfloat16().to(device)
+    assert torch.equal(wide_matmul(both[:, 256:], w), wide_matmul(both[:, 256:].contiguous(), w))
+
+
+def test_without_a_gpu_torch_multiplies() -> None:
+    x, w, bias = torch.randn(5, 48), torch.randn(30, 48), torch.randn(30)
+    torch.testing.assert_close(wide_matmul(x, w, bias), x @ w.T + bias)
+
+
+H100 = {"processors": 132, "shared_memory": 227 << 10}
+
+
 def test_few_rows_split_k_so_that_the_card_is_busy() -> None:
     for n, k in [(4096, 12288), (5120, 12288), (14336, 4096)]:
-        config = choose_config(1, n, k, 132, batch_invariant=False)
-        assert -(-n // config.block_n) * config.split_k >= 132
-        assert k / 128 / config.split_k >= 4
-    assert choose_config(4096, 4096, 4096, 132, batch_invariant=False).split_k == 1
+        for m in (1, 16, 64):
+            config = choose_config(m, n, k, x_bytes=1, weight_bytes=1, **H100)
+            assert num_tiles(m, n, config.block_m, config.block_n) * config.split_k >= 0.9 * 132
+            assert k / config.block_k / config.split_k >= 4
+    assert choose_config(4096, 4096, 4096, x_bytes=1, weight_bytes=1, **H100).split_k == 1
+
+
+@pytest.mark.parametrize(("x_bytes", "weight_bytes"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])
+def test_tiles_fit_the_card(shared_memory: int, x_bytes: int, weight_bytes: int) -> None:
+    for m in (1, 16, 17, 64, 65, 200, 512, 8192):
+        for n, k in [(4096, 12288), (151552, 4096), (64, 64)]:
+            config = choose_config(
+                m, n, k, x_bytes=x_bytes, weight_bytes=weight_bytes, processors=108, shared_memory=shared_memory
+            )
+            step = (config.block_m * x_bytes + config.block_n * weight_bytes) * config.block_k
+            assert 2 <= config.num_stages <= shared_memory // step
+            assert config.split_k == 1 or num_tiles(m, n, config.block_m, config.block_n) <= MAX_TILES
+
+
+def test_batch_invariance_cuts_every_batch_alike() -> None:
+    configs = {
+        choose_config(m, 4096, 12288, x_bytes=1, weight_bytes=1, batch_invariant=True, **H100)
+        for m in (1, 16, 65, 4096)
+    }
+    assert len(configs) == 1
+    assert configs.pop().split_k == 1

@@ -7,7 +7,7 @@ strides are positional; what it is compiled for is a keyword.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,12 +19,30 @@ except ImportError:  # CPU builds of torch come without
     triton = None
     tl = None
 
-__all__ = ["cdiv", "has_fp8_units", "jit", "launch", "next_power_of_2", "num_processors", "suits", "tl"]
+__all__ = [
+    "can_be_described",
+    "cdiv",
+    "described",
+    "has_descriptors",
+    "has_fp8_units",
+    "jit",
+    "launch",
+    "next_power_of_2",
+    "num_processors",
+    "shared_memory",
+    "suits",
+    "tl",
+]
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit``; the bare function, which nobody calls, where there is no Triton."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Callable[..., Any] | None = None, *, varying: tuple[str, ...] = ()) -> Any:
+    """``triton.jit``; the bare function, which nobody calls, where there is no Triton.
+
+    varying: integers that change from step to step, so that one compiled kernel serves all their values
+    """
+    if function is None:
+        return partial(jit, varying=varying)
+    return triton.jit(function, do_not_specialize=varying) if triton is not None else function
 
 
 def suits(*tensors: torch.Tensor | None) -> bool:
@@ -48,6 +66,23 @@ def has_fp8_units(device: torch.device) -> bool:
     return _capability(device) >= (8, 9)
 
 
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the card copies tiles by descriptor (its tensor memory accelerator; compute capability 9.0 and up)."""
+    return _capability(device) >= (9, 0)
+
+
+def can_be_described(x: torch.Tensor) -> bool:
+    """Whether a matrix lies as descriptors want it: rows contiguous, and aligned to 16 bytes."""
+    return x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def described(x: torch.Tensor, block: tuple[int, int]) -> Any:
+    """A matrix, for a kernel that loads it in tiles of ``block``; what lies beyond its ends is read as zeros."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, list(block))
+
+
 @lru_cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -57,6 +92,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of the card."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have: the processor's, less the KiB that CUDA keeps."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
 
 
 def cdiv(a: int, b: int) -> int:

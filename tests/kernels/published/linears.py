@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul
+from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.fp8_quantize import FP8
 
 from tests.kernels.published.common import Call, of, scales
@@ -27,14 +27,22 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
         for invariant in (False, True):
             yield (
                 f"{case} per channel, batch_invariant {invariant}",
-                lambda x=x, s=per_token, w=weight, last=last, n=n, invariant=invariant: w8a8_matmul(
+                lambda x=x, s=per_token, w=weight, last=last, n=n, invariant=invariant, out=out: w8a8_matmul(
                     x, s, w, scales(n, 1), *last, batch_invariant=invariant, **out
                 ),
             )
         blocks = scales(-(-n // 128), -(-k // 128))
         yield (
             f"{case} per block",
-            lambda x=x, s=per_group, w=weight, b=blocks, last=last: block_fp8_matmul(
+            lambda x=x, s=per_group, w=weight, b=blocks, last=last, out=out: block_fp8_matmul(
                 x, s, w, b, (128, 128), *last, **out
             ),
         )
+    x, head = of(tokens, hidden), of(config.vocab_size, hidden)
+    for invariant in (False, True):
+        yield (
+            f"head, batch_invariant {invariant}",
+            lambda x=x, invariant=invariant: wide_matmul(x, head, out_dtype=torch.float32, batch_invariant=invariant),
+        )
+    narrow = of(hidden, hidden)
+    yield "unquantized", lambda x=x: wide_matmul(x, narrow, counters=counters)
