@@ -1,5 +1,6 @@
 """``python -m nextn.launch_server``: from arguments to a running server, and back to an exit code.
 
+With several ranks, each is a process beside the server; a node that is not the first runs its ranks alone.
 Exit codes: 0 after SIGINT or SIGTERM, 1 when the server cannot start or its engine fails, 2 for wrong arguments.
 Heavy imports are inside functions: the engine process imports this module too, and needs none of them.
 """
@@ -95,9 +96,10 @@ def _follow(args: ServerArgs) -> int:
     ranks = _spawn(args, model_path, None)
     try:
         while not ranks.have_ended_well:
-            if (reason := ranks.why_ended(well=False)) is not None:
-                return _complain(reason, 1)
             time.sleep(NODE_POLL_INTERVAL)
+            if ranks.why_ended(well=False) is not None:
+                time.sleep(NODE_POLL_INTERVAL)  # the rank that took others with it may be the last to be gone
+                return _complain(ranks.why_ended(well=False) or "a rank ended", 1)
         return 0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

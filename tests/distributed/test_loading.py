@@ -32,15 +32,16 @@ def values(loaded: LoadedModel) -> dict[str, tuple[torch.Tensor, Any]]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("override", [None, "unquant"])
 @pytest.mark.parametrize("quant", ["none", "channel", "tensor", "tensor_static", "block", "ct_block"])
-def test_the_parts_of_all_ranks_are_the_whole(folder: Path, quant: Any, size: int) -> None:
+def test_the_parts_of_all_ranks_are_the_whole(folder: Path, quant: Any, size: int, override: str | None) -> None:
     """Weights are compared with their scales applied, so a scale of a neighbour's block would show."""
     sizes = {"moe_intermediate_size": 72, "intermediate_size": 88, "n_shared_experts": 2, "vocab_size": 27}
     write_checkpoint(folder, tiny_config(**sizes), quant=quant, own_head=True)
-    whole = {name: view for name, (view, _) in values(load(folder)).items()}
+    whole = {name: view for name, (view, _) in values(load(folder, draft_quantization=override)).items()}
     seen = dict.fromkeys(whole, 0)
     for rank in range(size):
-        for name, (view, part) in values(load(folder, rank, size)).items():
+        for name, (view, part) in values(load(folder, rank, size, draft_quantization=override)).items():
             torch.testing.assert_close(view, part.of(whole[name]), rtol=0, atol=0, msg=f"{name} on rank {rank}")
             seen[name] += view.numel()
     repeated = {2: 1, 4: 2}[size]  # of two KV heads, each is on two of four ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_alone_every_operation_gives_back_what_it_got() -> None:
 def test_ranks_that_do_not_come_are_not_waited_for_longer_than_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(PeerLost, match=r"not all of 2 ranks came to file://.* within 0\.2 s"):
         join(TensorParallel(0, 2), rendezvous=f"file://{tmp_path}/r", device=torch.device("cpu"), timeout=0.2)
+
+
+def test_an_address_that_is_taken_is_said_to_be_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            ConfigError, match=f"{address}: the ranks cannot meet there: .*; give a free port of node 0"
+        ):
+            join(TensorParallel(0, 2), rendezvous=address, device=torch.device("cpu"), timeout=1)
 
 
 def test_nodes_with_other_arguments_are_refused_and_may_differ_in_their_paths() -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from nextn.errors import PeerLost
+from nextn.errors import ConfigError, PeerLost
 
 HEAD_BYTES = 8192
 """Of a message, sent at once together with its length; most messages have no more."""
@@ -146,15 +146,20 @@ def join(
     device: where the tensors will be; a CUDA device becomes the process's current one
     timeout: seconds to wait, for the others here and in each later call
     while_waiting: called now and then until all are here; may raise
-    Raises PeerLost if they do not come.
+    Raises ConfigError if nobody can meet there, PeerLost if the others do not come.
     """
     if tp.size == 1:
         return
     assert rendezvous is not None, "several ranks need a place to meet"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL asks for it
-    with _naming_the_loss(), _gloo_over(_interface_towards(rendezvous)):
+    try:
         store = _store_at(rendezvous, tp, timeout)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{rendezvous}: the ranks cannot meet there: {_sentence(error)}; give a free port of node 0"
+        ) from error
+    with _naming_the_loss(), _gloo_over(_interface_towards(rendezvous)):
         store.set(f"here/{tp.rank}", "")
         deadline = time.monotonic() + timeout
         while not store.check([f"here/{rank}" for rank in range(tp.size)]):
@@ -175,7 +180,8 @@ def _store_at(rendezvous: str, tp: TensorParallel, timeout: float) -> dist.Store
     where = urlparse(rendezvous)
     if where.scheme == "file":
         return dist.FileStore(where.path, tp.size)
-    assert where.hostname is not None and where.port is not None, "the address was checked where it was read"
+    assert where.hostname is not None, "the address was checked where it was read"
+    assert where.port is not None, "the address was checked where it was read"
     return dist.TCPStore(
         where.hostname,
         where.port,
@@ -213,7 +219,12 @@ def _naming_the_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL raise nothing narrower
-        raise PeerLost(f"the connection to another rank was lost: {str(error).partition('. ')[0]}") from error
+        raise PeerLost(f"the connection to another rank was lost: {_sentence(error)}") from error
+
+
+def _sentence(error: RuntimeError) -> str:
+    """The first; torch adds advice and a stack of C++."""
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
@@ -79,6 +80,10 @@ class RankProcesses:
         if process.exitcode == PEER_LOST_EXIT_CODE:
             return f"{name} lost the ranks of another node; see the log there"
         return f"{name} {describe_exit(process.exitcode or 0)}"
+
+    def wait_for_an_end(self, timeout: float) -> None:
+        """Until a process has ended, ``timeout`` seconds at most."""
+        wait([process.sentinel for process in self._processes], timeout)
 
     def end(self, timeout: float) -> bool:
         """Give the processes ``timeout`` seconds to leave, then kill them. Returns whether they left."""

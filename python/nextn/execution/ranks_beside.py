@@ -16,6 +16,9 @@ from nextn.protocol.channel import private_socket_dir
 EXIT_TIMEOUT = 5.0
 """Seconds for the other ranks to leave after they were told to."""
 
+LAST_MOMENTS = 1.0
+"""Seconds between the loss of a rank's connection and the end of its process."""
+
 TIMEOUT = 365 * 86400.0
 """Nothing tells the other ranks that this process is well while its user does something else."""
 
@@ -63,4 +66,5 @@ class RanksBeside:
         try:
             yield
         except PeerLost as error:
+            self._processes.wait_for_an_end(LAST_MOMENTS)
             raise PeerLost(self._processes.why_ended() or str(error)) from error
