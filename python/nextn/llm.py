@@ -193,11 +193,10 @@ class LLM:
 
     def _step(self, pending: dict[str, _Pending]) -> None:
         with self._naming_losses():
-            outputs = self.engine.step()
-        for output in outputs:
-            if pending[output.rid].push(output):
-                self.engine.abort(output.rid)
-        self.engine.work_in_background()
+            for output in self.engine.step():
+                if pending[output.rid].push(output):
+                    self.engine.abort(output.rid)
+            self.engine.work_in_background()
 
 
 class _Pending:

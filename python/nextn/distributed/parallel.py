@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from nextn.errors import ConfigError, PeerLost
 HEAD_BYTES = 8192
 """Of a message, sent at once together with its length; most messages have no more."""
 LENGTH_BYTES = 8
-LOOPBACK = "lo"
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """torch 2.13 has it under a new name."""
 

@@ -42,7 +42,7 @@ class Engine:
     def __init__(self, config: EngineConfig, tp: TensorParallel = SINGLE) -> None:
         """Load the checkpoint and allocate the KV pool.
 
-        tp: rank 0 of the ranks that hold the model together; the others run ``follow``
+        tp: of rank 0; on every other rank a ``Follower`` runs
         Raises CheckpointError or ConfigError, whose message says what to change.
         """
         started = time.monotonic()

@@ -27,12 +27,17 @@ class RanksBeside:
     """Owns the processes of ranks 1 … tp_size - 1, which end with this process at the latest."""
 
     def __init__(self, config: EngineConfig, tp_size: int, num_threads: int | None, log_level: str) -> None:
-        self._resources = contextlib.ExitStack()
-        directory = private_socket_dir()
-        self._resources.callback(shutil.rmtree, directory, ignore_errors=True)
-        rendezvous = f"file://{directory}/rendezvous"
-        self._mine, *others = places_of_node(tp_size, nnodes=1, node_rank=0, rendezvous=rendezvous, timeout=TIMEOUT)
-        self._processes = RankProcesses(others, config, socket_dir=None, num_threads=num_threads, log_level=log_level)
+        with contextlib.ExitStack() as resources:
+            directory = private_socket_dir()
+            resources.callback(shutil.rmtree, directory, ignore_errors=True)
+            rendezvous = f"file://{directory}/rendezvous"
+            self._mine, *others = places_of_node(
+                tp_size, nnodes=1, node_rank=0, rendezvous=rendezvous, timeout=TIMEOUT
+            )
+            self._processes = RankProcesses(
+                others, config, socket_dir=None, num_threads=num_threads, log_level=log_level
+            )
+            self._resources = resources.pop_all()
 
     @property
     def pids(self) -> list[int | None]:
