@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import tempfile
 from collections.abc import Iterator
 
 from nextn.config.engine_config import EngineConfig
@@ -11,7 +11,6 @@ from nextn.errors import PeerLost
 from nextn.execution.engine import Engine
 from nextn.execution.rank_process import joined
 from nextn.execution.ranks import RankProcesses, places_of_node
-from nextn.protocol.channel import private_socket_dir
 
 EXIT_TIMEOUT = 5.0
 """Seconds for the other ranks to leave after they were told to."""
@@ -28,12 +27,11 @@ class RanksBeside:
 
     def __init__(self, config: EngineConfig, tp_size: int, num_threads: int | None, log_level: str) -> None:
         with contextlib.ExitStack() as resources:
-            directory = private_socket_dir()
-            resources.callback(shutil.rmtree, directory, ignore_errors=True)
-            rendezvous = f"file://{directory}/rendezvous"
-            self._mine, *others = places_of_node(
-                tp_size, nnodes=1, node_rank=0, rendezvous=rendezvous, timeout=TIMEOUT
+            directory = resources.enter_context(
+                tempfile.TemporaryDirectory(prefix="nextn-", ignore_cleanup_errors=True)
             )
+            rendezvous = f"file://{directory}/rendezvous"
+            self._mine, *others = places_of_node(tp_size, nnodes=1, node_rank=0, rendezvous=rendezvous, timeout=TIMEOUT)
             self._processes = RankProcesses(
                 others, config, socket_dir=None, num_threads=num_threads, log_level=log_level
             )
