@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
@@ -82,8 +81,10 @@ class RankProcesses:
         return f"{name} {describe_exit(process.exitcode or 0)}"
 
     def wait_for_an_end(self, timeout: float) -> None:
-        """Until a process has ended, ``timeout`` seconds at most."""
-        wait([process.sentinel for process in self._processes], timeout)
+        """Until a process has an exit code, ``timeout`` seconds at most. Its files are closed a moment before that."""
+        deadline = time.monotonic() + timeout
+        while self.why_ended() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def end(self, timeout: float) -> bool:
         """Give the processes ``timeout`` seconds to leave, then kill them. Returns whether they left."""
