@@ -17,6 +17,7 @@ from nextn.kernels import gpu
 from nextn.kernels.linear import StoredWeight
 from nextn.layers.batch import make_extend_batch
 
+from tests import checkpoints
 from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
 from tests.conftest import request, run_all
 
@@ -35,7 +36,10 @@ QUANTS: list[Quant] = ["none", "channel", "tensor", "block", "ct_block"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {quant: write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant) for quant in QUANTS}
+    """Blocks are as wide as the kernels for GPUs take them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "BLOCK", (32, 32))
+        return {quant: write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant) for quant in QUANTS}
 
 
 def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:

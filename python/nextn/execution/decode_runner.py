@@ -113,7 +113,7 @@ class DecodeRunner:
             with torch.cuda.stream(stream):
                 self._run(rows, batch)  # compiles kernels, and lets libraries make what cannot be made while recording
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = self._run(rows, batch)
             self._recordings[size, num_drafts, is_greedy] = _Recording(graph, rows, output)
         torch.cuda.current_stream(device).wait_stream(stream)

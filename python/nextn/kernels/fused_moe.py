@@ -39,8 +39,9 @@ def pack_experts(
     """Put routed and shared experts together. With no routed ones it is a dense MLP."""
     all_w13 = [*w13, *([shared[0]] if shared else [])]
     all_w2 = [*w2, *([shared[1]] if shared else [])]
-    table = torch.tensor([[weight.address for weight in row] for row in (all_w13, all_w2)])
-    return PackedExperts(w13, w2, shared, table if bool(table.all()) else None)
+    addresses = [[weight.address for weight in row] for row in (all_w13, all_w2)]
+    table = torch.tensor(addresses, device="cpu") if all(map(all, addresses)) else None
+    return PackedExperts(w13, w2, shared, table)
 
 
 def fused_moe(

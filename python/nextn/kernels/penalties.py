@@ -113,7 +113,8 @@ def apply_penalties(
     Returns [V] float32, a new tensor.
     """
     vocab_size = logits.shape[0]
-    counts = torch.bincount(output_tokens, minlength=vocab_size)
+    counts = torch.zeros(vocab_size, dtype=torch.int64, device=logits.device)
+    counts.index_add_(0, output_tokens, torch.ones_like(output_tokens))
     if repetition != 1.0:
         seen = counts.bool().index_fill(0, prompt_tokens, True)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ class Linear(nn.Module):
 
     Weights are plain tensors, not parameters: nothing trains here, and reading an attribute stays cheap.
 
-    weight: [Σ rows, in_features]; FP8 codes until ``prepare``, where the scheme is quantized
+    weight: [Σ rows, in_features]; FP8 codes until ``prepare``, where the scheme is quantized; the storage may be given
     """
 
     def __init__(
@@ -29,12 +28,13 @@ class Linear(nn.Module):
         *,
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
+        weight: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.shards = tuple(shards)
         self.dtype = dtype
         self.scheme = scheme_of(quant_config, [shard.name for shard in shards])
-        self.weight = make_weight(shards, in_features, self.scheme, dtype)
+        self.weight = make_weight(shards, in_features, self.scheme, dtype) if weight is None else weight
         self.scales = make_scales(shards, in_features, self.scheme)
         rows = sum(shard.num_rows for shard in shards)
         self.bias = torch.empty(rows, dtype=dtype) if bias else None
@@ -55,11 +55,6 @@ class Linear(nn.Module):
         self.weight = self.packed.weight
         if isinstance(self.packed, PackedWeight):
             self.scales = None
-
-    def keep(self, weight: torch.Tensor) -> None:
-        """Read the weight from another place, which holds the same values. weight: [Σ rows, in_features]."""
-        self.weight = weight
-        self.packed = replace(self.packed, weight=weight)
 
     @property
     def input_format(self) -> InputFormat | None:

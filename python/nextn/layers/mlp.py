@@ -18,7 +18,10 @@ from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_o
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer, 2020)."""
+    """down(silu(gate(x)) · up(x)) (Shazeer, 2020).
+
+    storage: where the weights of gate and up, and of down, are to be; made where not given
+    """
 
     def __init__(
         self,
@@ -28,16 +31,18 @@ class MLP(nn.Module):
         prefix: str,
         dtype: torch.dtype,
         tp: TensorParallel = SINGLE,
+        storage: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.tp = tp
         gate, up, down = (f"{prefix}.{part}_proj" for part in ("gate", "up", "down"))
         unit = intermediate_unit(scheme_of(quant_config, [gate, up]), scheme_of(quant_config, [down]))
         inner = share_of(f"{prefix}: intermediate size", intermediate_size, unit, tp.size, tp.rank)
-        self.gate_up_proj = Linear(
-            hidden_size, [Shard.of_rows(gate, inner), Shard.of_rows(up, inner)], quant_config, dtype=dtype
-        )
-        self.down_proj = Linear(len(inner), [Shard.of_columns(down, hidden_size, inner)], quant_config, dtype=dtype)
+        shards = [Shard.of_rows(gate, inner), Shard.of_rows(up, inner)]
+        for_gate_up, for_down = storage or (None, None)
+        self.gate_up_proj = Linear(hidden_size, shards, quant_config, dtype=dtype, weight=for_gate_up)
+        shards = [Shard.of_columns(down, hidden_size, inner)]
+        self.down_proj = Linear(len(inner), shards, quant_config, dtype=dtype, weight=for_down)
         self.packed: PackedExperts | None = self._pack()
 
     def weight_slots(self) -> Iterator[Slot]:

@@ -5,7 +5,7 @@ Each rank holds a share of every expert, and the whole router.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,6 @@ from nextn.kernels import gpu
 from nextn.kernels.fused_moe import PackedExperts, StackedExperts, fused_moe, fused_moe_stacked, pack_experts
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows, pack_weight
 from nextn.kernels.router import MAX_TOKEN_TILES, route
-from nextn.layers.linear import Linear
 from nextn.layers.mlp import MLP, intermediate_unit
 from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, shard_scale, weight_slots
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
@@ -43,13 +42,14 @@ class MoE(nn.Module):
         num_experts = config.n_routed_experts
         self.gate = torch.empty(num_experts, config.hidden_size)
         self.e_score_correction_bias = torch.empty(num_experts)
-        self.experts = Experts(config, quant_config, f"{prefix}.experts", dtype, tp)
+        # On a GPU the shared expert is one more of the routed ones, where it is of the same size and kind.
+        is_one_more = gpu.suits(self.gate) and _shared_is_alike(config, quant_config, prefix)
+        self.experts = Experts(config, quant_config, f"{prefix}.experts", dtype, tp, has_one_more=is_one_more)
         shared_size = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = (
-            MLP(config.hidden_size, shared_size, quant_config, f"{prefix}.shared_experts", dtype, tp)
-            if shared_size
-            else None
-        )
+        self.shared_experts: MLP | None = None
+        if shared_size:
+            name, storage = f"{prefix}.shared_experts", self.experts.one_more
+            self.shared_experts = MLP(config.hidden_size, shared_size, quant_config, name, dtype, tp, storage)
         self.packed_gate = PackedWeight(self.gate, self.gate.t(), None)
         self.packed: PackedExperts | StackedExperts = self._pack()
         self.batch_invariant = False
@@ -81,21 +81,11 @@ class MoE(nn.Module):
         return pack_experts(self.experts.packed_w13, self.experts.packed_w2, (gate_up, down))
 
     def _stack(self) -> StackedExperts:
-        """The routed experts as stored; the shared one is one more of them, where it is of the same size and kind."""
-        stacked, shared = self.experts.stacked(), self.shared_experts
-        if shared is None:
-            return stacked
+        shared = self.shared_experts
+        if shared is None or self.experts.one_more is None:
+            return self.experts.stacked(())
         linears = (shared.gate_up_proj, shared.down_proj)
-        pairs = list(zip(((stacked.w13, stacked.w13_scale), (stacked.w2, stacked.w2_scale)), linears, strict=True))
-        if not all(_is_alike(weight, scale, stacked.block, one) for (weight, scale), one in pairs):
-            return stacked
-        (w13, w13_scale), (w2, w2_scale) = (_with_one_more(weight, scale, one) for (weight, scale), one in pairs)
-        self.experts.w13, self.experts.w2 = w13[:-1], w2[:-1]
-        shared.gate_up_proj.keep(w13[-1])
-        shared.down_proj.keep(w2[-1])
-        return StackedExperts(
-            w13, w13_scale, w2, w2_scale, stacked.block, num_routed=stacked.num_routed, has_shared=True
-        )
+        return self.experts.stacked([shard_scale(one.shards, one.scheme, one.scales)[0] for one in linears])
 
     @property
     def input_format(self) -> InputFormat | None:
@@ -135,24 +125,19 @@ class MoE(nn.Module):
         )
 
 
-def _is_alike(weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int] | None, one: Linear) -> bool:
-    """Whether a linear could stand in a stack. weight: [E, N, K]; scale: [E, …] or None."""
-    found, found_block = shard_scale(one.shards, one.scheme, one.scales)
-    return (
-        (one.weight.shape, one.weight.dtype) == (weight.shape[1:], weight.dtype)
-        and (found is None) == (scale is None)
-        and (found is None or scale is None or found.shape == scale.shape[1:])
-        and found_block == block
-    )
+def _shared_is_alike(config: ModelConfig, quant_config: QuantizationConfig | None, prefix: str) -> bool:
+    """Whether the shared expert could be one of the routed ones."""
+
+    def kinds(name: str) -> list[tuple[str, tuple[int, int] | None]]:
+        groups = (("gate_proj", "up_proj"), ("down_proj",))
+        schemes = [scheme_of(quant_config, [f"{name}.{part}" for part in group]) for group in groups]
+        return [(scheme.kind, scheme.block) for scheme in schemes]
+
+    return config.n_shared_experts == 1 and kinds(f"{prefix}.shared_experts") == kinds(f"{prefix}.experts.0")
 
 
-def _with_one_more(
-    weight: torch.Tensor, scale: torch.Tensor | None, one: Linear
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    found, _ = shard_scale(one.shards, one.scheme, one.scales)
-    both = None if scale is None or found is None else torch.cat([scale, found[None]])
-    return torch.cat([weight, one.weight[None]]), both
-
+MIN_BLOCK_K = 32
+"""The narrowest blocks of experts that the kernels for GPUs take."""
 
 ExpertShards = list[tuple[Shard, ...]]
 """Per expert, the checkpoint modules of one of its matrices."""
@@ -163,6 +148,7 @@ class Experts(nn.Module):
 
     w13: [E, 2I, H], gate rows first; w2: [E, H, I], where I is the rank's share of the intermediate size
     packed_w13, packed_w2: per expert the same, ready to multiply
+    one_more: w13 and w2 of one expert more, in the same stacks, where there is one; not filled here
     """
 
     def __init__(
@@ -172,6 +158,8 @@ class Experts(nn.Module):
         prefix: str,
         dtype: torch.dtype,
         tp: TensorParallel = SINGLE,
+        *,
+        has_one_more: bool = False,
     ) -> None:
         super().__init__()
         self.dtype = dtype
@@ -186,8 +174,11 @@ class Experts(nn.Module):
             (Shard.of_rows(f"{name}.gate_proj", share), Shard.of_rows(f"{name}.up_proj", share)) for name in names
         ]
         self.w2_shards: ExpertShards = [(Shard.of_columns(f"{name}.down_proj", hidden, share),) for name in names]
-        self.w13 = _stack(self.w13_shards, hidden, self.w13_scheme, dtype)
-        self.w2 = _stack(self.w2_shards, inner, self.w2_scheme, dtype)
+        num_experts = len(names)
+        self.all_w13 = _stack(num_experts + has_one_more, self.w13_shards[0], hidden, self.w13_scheme, dtype)
+        self.all_w2 = _stack(num_experts + has_one_more, self.w2_shards[0], inner, self.w2_scheme, dtype)
+        self.w13, self.w2 = self.all_w13[:num_experts], self.all_w2[:num_experts]
+        self.one_more = (self.all_w13[num_experts], self.all_w2[num_experts]) if has_one_more else None
         self.w13_scales = [make_scales(shards, hidden, self.w13_scheme) for shards in self.w13_shards]
         self.w2_scales = [make_scales(shards, inner, self.w2_scheme) for shards in self.w2_shards]
         self.packed_w13 = tuple(PackedWeight(w, w.t(), None) for w in self.w13)
@@ -207,32 +198,48 @@ class Experts(nn.Module):
         self.w13_scales = [None] * len(self.w13_shards)
         self.w2, self.packed_w2 = _pack_stack(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales, self.dtype)
         self.w2_scales = [None] * len(self.w2_shards)
+        self.all_w13, self.all_w2 = self.w13, self.w2
 
-    def stacked(self) -> StackedExperts:
-        """As they are stored, on a GPU."""
-        w13_scale, w13_block = _stacked_scales(self.w13_shards, self.w13_scheme, self.w13_scales)
-        w2_scale, w2_block = _stacked_scales(self.w2_shards, self.w2_scheme, self.w2_scales)
+    def stacked(self, scales_of_one_more: Sequence[torch.Tensor | None]) -> StackedExperts:
+        """As they are stored, on a GPU. scales_of_one_more: of its w13 and w2, where there is one."""
+        w13_more, w2_more = scales_of_one_more or (None, None)
+        w13_scale, w13_block = _stacked_scales(self.w13_shards, self.w13_scheme, self.w13_scales, w13_more)
+        w2_scale, w2_block = _stacked_scales(self.w2_shards, self.w2_scheme, self.w2_scales, w2_more)
         if (w13_scale is None, w13_block) != (w2_scale is None, w2_block):
             raise QuantizationError(
                 f"{self.w13_shards[0][0].name}: is {self.w13_scheme.kind} and {self.w2_shards[0][0].name} is "
                 f"{self.w2_scheme.kind}; expected one kind for a layer's experts on a GPU; quantize the two alike"
             )
-        num_routed = len(self.w13_shards)
-        return StackedExperts(self.w13, w13_scale, self.w2, w2_scale, w13_block, num_routed, has_shared=False)
+        if w13_block is not None and (w13_block[1] < MIN_BLOCK_K or w13_block[1] & (w13_block[1] - 1)):
+            raise QuantizationError(
+                f"{self.w13_shards[0][0].name}: has a scale per {w13_block[1]} columns, expected a power of two from "
+                f"{MIN_BLOCK_K} on for a GPU; quantize with blocks of 128, or use --device cpu"
+            )
+        return StackedExperts(
+            self.all_w13,
+            w13_scale,
+            self.all_w2,
+            w2_scale,
+            w13_block,
+            num_routed=len(self.w13_shards),
+            has_shared=self.one_more is not None,
+        )
 
 
 def _stacked_scales(
-    shards: ExpertShards, scheme: LinearScheme, scales: list[ScaleStorage | None]
+    shards: ExpertShards, scheme: LinearScheme, scales: list[ScaleStorage | None], more: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
-    """Every expert's scales, stacked, and the block that each belongs to."""
+    """Every expert's scales, stacked, ``more`` last, and the block that each belongs to."""
     each = [shard_scale(of_one, scheme, scale) for of_one, scale in zip(shards, scales, strict=True)]
-    known = [scale for scale, _ in each if scale is not None]
+    known = [scale for scale in (*(scale for scale, _ in each), more) if scale is not None]
     return torch.stack(known) if known else None, each[0][1]
 
 
-def _stack(shards: ExpertShards, in_features: int, scheme: LinearScheme, dtype: torch.dtype) -> torch.Tensor:
-    one = make_weight(shards[0], in_features, scheme, dtype)
-    return torch.empty(len(shards), *one.shape, dtype=one.dtype)
+def _stack(
+    num_experts: int, shards: Sequence[Shard], in_features: int, scheme: LinearScheme, dtype: torch.dtype
+) -> torch.Tensor:
+    one = make_weight(shards, in_features, scheme, dtype)
+    return torch.empty(num_experts, *one.shape, dtype=one.dtype)
 
 
 def _pack_stack(

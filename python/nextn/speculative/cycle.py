@@ -165,7 +165,9 @@ class SpeculativeCycle:
         target_probs = probs_of_rows(logits, rows)[padded]
         seeds = [rows[first].sampling.seed for first in padded[:, 0].tolist()]
         starts = [rows[first].position for first in padded[:, 0].tolist()]
-        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(num_drafts + 1)
+        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(
+            num_drafts + 1, device=self._device
+        )
         seed_tensor = torch.tensor(seeds, dtype=torch.int64, device=self._device)
         num_accepted, final = verify_sampled(
             target_probs,

@@ -1,0 +1,220 @@
+"""A GPU's code paths over tensors that have a device, a shape and a type but no values (torch's fake tensors).
+
+No GPU is needed to see that no two devices meet in one operation, and that a decode step asks the host for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nextn.checkpoint import loader
+from nextn.config.engine_config import EngineConfig
+from nextn.execution.memory import make_kv_cache
+from nextn.kernels import gpu
+from nextn.layers.kv_cache import KVCache
+from nextn.models.glm4_moe import Glm4MoeForCausalLM
+from nextn.scheduler.kv_pages import KVPages
+from nextn.scheduler.scheduler import Extend, Scheduler, SchedulerConfig
+from nextn.speculative.cycle import SpeculativeCycle
+from nextn.speculative.decode_state import DecodeState
+from nextn.speculative.decode_step import DecodeRows, DecodeStep
+from nextn.speculative.proposer import NextNProposer
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from tests import checkpoints
+from tests.checkpoints import tiny_config, write_checkpoint
+from tests.conftest import request
+
+CUDA = torch.device("cuda")
+PAGE_SIZE, NUM_PAGES, NUM_SLOTS = 4, 40, 4
+
+
+_BY_NAME = {
+    torch.Tensor.copy_: torch.ops.aten.copy_,
+    torch.Tensor.contiguous: torch.ops.aten.contiguous,
+}
+
+
+class _WithoutCuda(TorchFunctionMode):
+    """x[...] and copies by operations: torch's own way to them asks for a CUDA build."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__getitem__:
+            return _index(*args)
+        if func is torch.Tensor.__setitem__:
+            tensor, index, value = args
+            if isinstance(index, torch.Tensor):
+                return torch.ops.aten.index_put_(tensor, [index], value)
+            place = _index(tensor, index)
+            if isinstance(value, torch.Tensor):
+                return torch.ops.aten.copy_(place, value)
+            return torch.ops.aten.fill_(place, value)
+        options = dict(kwargs or {})
+        if func is torch.tensor and options.get("device") is not None:
+            device = options.pop("device")
+            return torch.ops.aten._to_copy(func(*args, **options), device=device)
+        return _BY_NAME.get(func, func)(*args, **options)
+
+
+def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [part for part in parts if not isinstance(part, torch.Tensor)]:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (tensor.dim() - sum(part is not None for part in parts) + 1)
+    advanced: list[torch.Tensor | None] = []
+    dim = 0
+    for part in parts:
+        if part is None:
+            tensor = tensor.unsqueeze(dim)
+        elif isinstance(part, int):
+            tensor = tensor.select(dim, part)
+            continue
+        elif isinstance(part, slice):
+            first, stop, step = part.indices(tensor.shape[dim])
+            assert step == 1, "no other is used"
+            tensor = tensor.narrow(dim, first, max(stop - first, 0))
+        else:
+            advanced += [None] * (dim - len(advanced))
+            is_list = not isinstance(part, torch.Tensor)
+            advanced.append(torch.ops.aten._to_copy(torch.tensor(part), device=tensor.device) if is_list else part)
+        dim += 1
+    return torch.ops.aten.index(tensor, advanced) if advanced else tensor
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all kernels that would have been launched."""
+    names: list[str] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+        assert all(one.is_cuda for one in tensors), f"{kernel.__name__}: a tensor is on the CPU"
+        names.append(kernel.__name__)
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    monkeypatch.setattr(gpu, "suits", lambda *tensors: all(x is None or x.is_cuda for x in tensors))
+    monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(gpu, "has_descriptors", lambda device: False)
+    monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
+    return names
+
+
+@pytest.fixture(scope="module", params=["channel", "block", "none"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks are as wide as the kernels for GPUs take them."""
+    config = tiny_config(vocab_size=40, max_position_embeddings=128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "BLOCK", (32, 32))
+        return write_checkpoint(tmp_path_factory.mktemp("fake"), config, quant=request.param)
+
+
+@pytest.fixture
+def parts(
+    folder: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Glm4MoeForCausalLM, NextNProposer, KVCache]]:
+    """A model on a GPU without values, while the fixture is in use."""
+    monkeypatch.setattr(loader, "_fill", lambda *arguments, **options: None)  # there are no values to write
+    config = EngineConfig(model_path=str(folder))
+    with FakeTensorMode(allow_non_fake_inputs=True), _WithoutCuda(), torch.inference_mode():
+        loaded = loader.load_model(config, device=CUDA, dtype=torch.bfloat16, want_draft=True)
+        kv_cache = make_kv_cache(
+            loaded.model_config,
+            num_layers=loaded.model_config.num_hidden_layers + 1,
+            num_pages=NUM_PAGES,
+            page_size=PAGE_SIZE,
+            dtype=torch.bfloat16,
+            device=CUDA,
+        )
+        assert loaded.draft is not None
+        yield loaded.target, NextNProposer(loaded.draft, kv_cache), kv_cache
+
+
+def _state() -> DecodeState:
+    return DecodeState(
+        num_slots=NUM_SLOTS,
+        vocab_size=40,
+        context_length=128,
+        max_drafts=5,
+        page_size=PAGE_SIZE,
+        scratch_page=NUM_PAGES,
+        device=CUDA,
+    )
+
+
+@pytest.mark.parametrize("is_greedy", [True, False])
+@pytest.mark.parametrize("num_drafts", [0, 1, 3])
+def test_a_decode_step_stays_on_the_device(
+    parts: tuple[Glm4MoeForCausalLM, NextNProposer, KVCache], launched: list[str], num_drafts: int, is_greedy: bool
+) -> None:
+    target, proposer, kv_cache = parts
+    step = DecodeStep(target, proposer, kv_cache, _state())
+    rows = DecodeRows(*torch.zeros(3, NUM_SLOTS, dtype=torch.int64, device=CUDA).unbind())
+    decided = step.run(rows, num_drafts, is_greedy=is_greedy)
+    assert decided.is_cuda
+    assert decided.shape == (NUM_SLOTS, num_drafts + 2)
+    assert len(launched) > 20
+
+
+def test_asking_for_a_value_would_show(parts: object) -> None:
+    with pytest.raises(DataDependentOutputException):
+        torch.zeros(3, device=CUDA).tolist()
+
+
+class _AllZero(TorchFunctionMode):
+    """What the host asks of a tensor without values is zero."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.tolist:
+            return _zeros(args[0].shape)
+        if func in (torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.item):
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+def _zeros(shape: torch.Size) -> Any:
+    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
+
+
+ASKS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1},
+    {"temperature": 1.0, "presence_penalty": 0.5, "logit_bias": {3: 1.0}, "min_new_tokens": 20},
+    {"num_top_logprobs": 2, "prompt_logprobs_start": 0},
+]
+
+
+def test_steps_with_prompts_keep_to_one_device(
+    parts: tuple[Glm4MoeForCausalLM, NextNProposer, KVCache], launched: list[str]
+) -> None:
+    target, proposer, kv_cache = parts
+    cycle = SpeculativeCycle(target, proposer, kv_cache, page_size=PAGE_SIZE)
+    config = SchedulerConfig(
+        max_running=NUM_SLOTS,
+        max_queued=9,
+        max_prefill_tokens=9,
+        context_length=128,
+        num_drafts=3,
+        by_priority=False,
+        eos_token_ids=(1,),
+    )
+    scheduler = Scheduler(config, KVPages(NUM_PAGES, PAGE_SIZE))
+    for i, asks in enumerate(ASKS):
+        scheduler.add(request(str(i), [5, 6, 7, 8, 9, 10, 11], max_new_tokens=12, **asks))
+    steps: list[list[Extend]] = []
+    with _AllZero():
+        while scheduler.has_work and len(steps) < 30:
+            steps.append(scheduler.schedule())
+            for extend, decision in zip(steps[-1], cycle.run(steps[-1]), strict=True):
+                scheduler.commit(extend, decision)
+    assert any(extend.num_drafts for extends in steps for extend in extends)
+    assert any(len(extends) == NUM_SLOTS for extends in steps)
