@@ -300,7 +300,7 @@ def _launch_matmul(
         WIDEN=widen,
         BY_DESCRIPTOR=by_descriptor,
         TRANSPOSED=config.transposed,
-        SPLIT_K=config.split_k,
+        SPLIT=config.split_k > 1,
         EVEN_K=k % block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -336,6 +336,38 @@ def product(x, w, TRANSPOSED: tl.constexpr, WIDEN: tl.constexpr):  # type: ignor
 
 
 @jit
+def scaled_by_group(  # type: ignore[no-untyped-def]
+    partial,
+    x_scale,
+    weight_scale,
+    rows,
+    column,
+    columns,
+    group,
+    x_scale_stride,
+    weight_scale_stride,
+    GROUP_N: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A step's products times the scales of its group along K. column: the tile's first."""
+    if GROUP_N % BLOCK_N == 0:  # one scale for all of the tile's columns
+        scale = tl.load(weight_scale + column // GROUP_N * weight_scale_stride + group)
+        if HAS_X_SCALE:
+            scale *= tl.load(x_scale + rows * x_scale_stride + group)
+            scale = scale[None, :] if TRANSPOSED else scale[:, None]
+        partial *= scale
+    else:
+        scale = tl.load(weight_scale + columns // GROUP_N * weight_scale_stride + group)
+        partial *= scale[:, None] if TRANSPOSED else scale[None, :]
+        if HAS_X_SCALE:
+            scale = tl.load(x_scale + rows * x_scale_stride + group)
+            partial *= scale[None, :] if TRANSPOSED else scale[:, None]
+    return partial
+
+
+@jit
 def tile_at(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first row and the first column of an output tile.
 
@@ -349,8 +381,15 @@ def tile_at(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: 
 
 
 @jit
+def steps_of_split(num_steps):  # type: ignore[no-untyped-def]
+    """The first step along K of this program, and the first that is no longer its own."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    return num_steps * split // splits, num_steps * (split + 1) // splits
+
+
+@jit
 def is_last_of_split(  # type: ignore[no-untyped-def]
-    total, partials, counters, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    total, partials, counters, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Lay down this program's partial sum of its tile; whether the others' lie there too.
 
@@ -359,16 +398,16 @@ def is_last_of_split(  # type: ignore[no-untyped-def]
     tile, split = tl.program_id(0), tl.program_id(1)
     tl.store(_partial(partials, tile, split, BLOCK_M, BLOCK_N), total)
     tl.debug_barrier()
-    is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K - 1
+    is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
     tl.store(counters + tile, 0, mask=is_last)
     return is_last
 
 
 @jit
-def sum_of_split(partials, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_of_split(partials, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """The partial sums' sum, in their order. Read past the L1 cache, which other processors' stores do not reach."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for split in range(SPLIT_K):
+    for split in range(tl.num_programs(1)):
         total += tl.load(_partial(partials, tl.program_id(0), split, BLOCK_M, BLOCK_N), cache_modifier=".cg")
     return total
 
@@ -413,7 +452,7 @@ def store_tile(  # type: ignore[no-untyped-def]
     tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(varying=("m",))
 def _matmul(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -439,25 +478,26 @@ def _matmul(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (tile, split). GROUP_K: 0 for scales per row and channel, else scales per group along K."""
-    split = tl.program_id(1)
     row, column = tile_at(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     # Rows and columns beyond the end read the first ones, and are not stored.
     safe_rows, safe_columns = tl.where(rows < m, rows, 0), tl.where(columns < n, columns, 0)
-    num_steps = tl.cdiv(k, BLOCK_K)
+    first, last = 0, tl.cdiv(k, BLOCK_K)
+    if SPLIT:
+        first, last = steps_of_split(last)
     inner = tl.arange(0, BLOCK_K)
     if not BY_DESCRIPTOR:
         x_tile = x + safe_rows.to(tl.int64)[:, None] * x_stride + inner[None, :]
         w_tile = weight + safe_columns.to(tl.int64)[:, None] * k + inner[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(num_steps * split // SPLIT_K, num_steps * (split + 1) // SPLIT_K):
+    for step in range(first, last):
         if BY_DESCRIPTOR:
             x_values = x.load([row, step * BLOCK_K])
             w_values = weight.load([column, step * BLOCK_K])
@@ -470,28 +510,30 @@ def _matmul(  # type: ignore[no-untyped-def]
             w_values = tl.load(w_tile + step * BLOCK_K, mask=inside, other=0.0)
         partial = product(x_values, w_values, TRANSPOSED, WIDEN)
         if GROUP_K > 0:
-            group = step * BLOCK_K // GROUP_K
-            if GROUP_N % BLOCK_N == 0:  # one scale for all of the tile's columns
-                scale = tl.load(weight_scale + column // GROUP_N * weight_scale_stride + group)
-                if HAS_X_SCALE:
-                    scale *= tl.load(x_scale + safe_rows * x_scale_stride + group)
-                    scale = scale[None, :] if TRANSPOSED else scale[:, None]
-                partial *= scale
-            else:
-                scale = tl.load(weight_scale + safe_columns // GROUP_N * weight_scale_stride + group)
-                partial *= scale[:, None] if TRANSPOSED else scale[None, :]
-                if HAS_X_SCALE:
-                    scale = tl.load(x_scale + safe_rows * x_scale_stride + group)
-                    partial *= scale[None, :] if TRANSPOSED else scale[:, None]
+            partial = scaled_by_group(
+                partial,
+                x_scale,
+                weight_scale,
+                safe_rows,
+                column,
+                safe_columns,
+                step * BLOCK_K // GROUP_K,
+                x_scale_stride,
+                weight_scale_stride,
+                GROUP_N,
+                HAS_X_SCALE,
+                TRANSPOSED,
+                BLOCK_N,
+            )
         total += partial
     if TRANSPOSED:
         total = tl.trans(total)
     is_last = True
-    if SPLIT_K > 1:
-        is_last = is_last_of_split(total, partials, counters, SPLIT_K, BLOCK_M, BLOCK_N)
+    if SPLIT:
+        is_last = is_last_of_split(total, partials, counters, BLOCK_M, BLOCK_N)
     if is_last:
-        if SPLIT_K > 1:
-            total = sum_of_split(partials, SPLIT_K, BLOCK_M, BLOCK_N)
+        if SPLIT:
+            total = sum_of_split(partials, BLOCK_M, BLOCK_N)
         store_tile(
             total,
             rows,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from nextn.kernels.sampling import sample_tokens
+from nextn.kernels.verify import NO_TOKEN, accept_and_draw, check_widths
 
-NO_DRAFT = -1
+NO_DRAFT = NO_TOKEN
 """Stands where a chain is shorter than the longest of the batch."""
 
 
@@ -59,23 +59,6 @@ def verify_sampled(
     Raises ValueError if k differs between the arguments.
     """
     num_drafts = draft_tokens.shape[1]
-    _check_widths(target_probs.shape[1], num_drafts)
-    _check_widths(target_probs.shape[1], draft_probs.shape[1])
-    index = draft_tokens.clamp(min=0)[:, :, None]
-    p = target_probs[:, :num_drafts].gather(2, index)[:, :, 0]
-    q = draft_probs.gather(2, index)[:, :, 0]
-    accepted = (accept_uniform * q < p) & (draft_tokens != NO_DRAFT)
-    num_accepted = accepted.cumprod(1).sum(1)
-
-    rows = torch.arange(target_probs.shape[0], device=target_probs.device)
-    final_p = target_probs[rows, num_accepted]
-    no_q = draft_probs.new_zeros(draft_probs.shape[0], 1, draft_probs.shape[2])
-    residual = (final_p - torch.cat([draft_probs, no_q], dim=1)[rows, num_accepted]).clamp_(min=0)
-    # p = q up to rounding can leave no residual; then a rejection had probability zero, and p is the limit.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, final_p)
-    return num_accepted, sample_tokens(residual, final_uniform[rows, num_accepted])
-
-
-def _check_widths(num_target_rows: int, num_drafts: int) -> None:
-    if num_target_rows != num_drafts + 1:
-        raise ValueError(f"{num_drafts} drafts need {num_drafts + 1} target rows, found {num_target_rows}")
+    check_widths(target_probs.shape[1], num_drafts)
+    check_widths(target_probs.shape[1], draft_probs.shape[1])
+    return accept_and_draw(target_probs, draft_probs, draft_tokens, accept_uniform, final_uniform)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul
+from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.fp8_quantize import FP8
 
 from tests.kernels.published.common import Call, of, scales
@@ -38,3 +38,11 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
                 x, s, w, b, (128, 128), *last, **out
             ),
         )
+    x, head = of(tokens, hidden), of(config.vocab_size, hidden)
+    for invariant in (False, True):
+        yield (
+            f"head, batch_invariant {invariant}",
+            lambda x=x, invariant=invariant: wide_matmul(x, head, out_dtype=torch.float32, batch_invariant=invariant),
+        )
+    narrow = of(hidden, hidden)
+    yield "unquantized", lambda x=x: wide_matmul(x, narrow, counters=counters)
