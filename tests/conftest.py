@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,44 @@ from nextn.protocol.sampling import TokenSampling
 
 from tests.checkpoints import tiny_config, write_checkpoint
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m gpu`` chooses the tests that run on a GPU where there is one."""
+    for item in items:
+        if {"device", "cuda"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.gpu)
+
+
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device(poisoned_memory: None) -> Iterator[torch.device]:
+    """A device whose tensors the public functions give to Triton: the GPU, or the CPU with Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    from tests.kernels.interpreter import triton_on_cpu
+
+    with triton_on_cpu():
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU, for what only a GPU can show."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and torch's CUDA build")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
-"""Where Triton's kernels run in tests: on the GPU if there is one, else on the CPU, in Triton's interpreter."""
+"""Triton's interpreter with the rounding of the hardware, and CPU tensors that go to it. Needs TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 from nextn.kernels import gpu
 
@@ -19,30 +20,24 @@ _DTYPES = {
 }
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.device:
-    """A device whose tensors the public functions give to Triton."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """The public functions give CPU tensors to Triton, as those of a card like an H100."""
     from triton.runtime import interpreter
 
-    monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
-    monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
-    monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
-    monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
-    monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
-    monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
-    return torch.device("cpu")
+    of_card = {
+        "suits": lambda *tensors: True,
+        "has_fp8_units": lambda device: True,
+        "has_descriptors": lambda device: True,
+        "num_processors": lambda device: 132,
+        "shared_memory": lambda device: 227 * 1024,
+    }
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(interpreter, "_convert_float", _convert_as_the_hardware))
+        patches.enter_context(mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware))
+        for name, function in of_card.items():
+            patches.enter_context(mock.patch.object(gpu, name, function))
+        yield
 
 
 def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
