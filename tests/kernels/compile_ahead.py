@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.published import all_launches
+from tests.kernels.published.common import SHARED_MEMORY
 
 TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
@@ -38,8 +39,6 @@ TYPES = {
     torch.bool: "i1",
 }
 PROCESSORS = 132
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes that one program can have."""
 
 
 class Launch(NamedTuple):
@@ -129,7 +128,12 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "shared_bytes": binary.metadata.shared,
         "uses_wgmma": "wgmma.mma_async" in ptx,
         "uses_mma": "mma.sync" in ptx,
-        "multiplies_fp8": "e4m3" in ptx and ("wgmma.mma_async" in ptx or "mma.sync" in ptx),
+        "uses_tcgen05": "tcgen05.mma" in ptx,
+        "multiplies_fp8": any(
+            "e4m3" in line or "f8f6f4" in line
+            for line in ptx.splitlines()
+            if any(name in line for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
+        ),
         "constants": {
             launch.kernel.arg_names[place]: value
             for (place,), value in launch.source.constants.items()

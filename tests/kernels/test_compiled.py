@@ -176,13 +176,14 @@ def test_rope_and_cache(dim: int, rotary_dim: int, with_norm: bool, monkeypatch:
     rotation = Rotation(table, torch.tensor([5, 99, 0]), torch.float32)
     qkv = torch.randn(3, 4 + 2 + 2, dim)
     norm = torch.randn(2, dim) if with_norm else None
-    slots = torch.tensor([11, 0, 6])
+    slots = torch.tensor([11, -1, 6])  # the second row is padding
 
     def run() -> torch.Tensor:
         k, v = torch.full((3, 4, 2, dim), NAN), torch.full((3, 4, 2, dim), NAN)
         q = rope_and_cache(qkv.clone(), norm, 1e-5, rotation, slots, k, v)
-        assert k.view(12, -1).isnan().any(1).tolist() == [i not in (11, 0, 6) for i in range(12)]
-        return torch.cat([q.flatten(), k.view(12, -1)[slots].flatten(), v.view(12, -1)[slots].flatten()])
+        assert k.view(12, -1).isnan().any(1).tolist() == [i not in (11, 6) for i in range(12)]
+        stored = slots[slots >= 0]
+        return torch.cat([q.flatten(), k.view(12, -1)[stored].flatten(), v.view(12, -1)[stored].flatten()])
 
     assert_near(run(), with_torch(monkeypatch, run))
 
@@ -212,6 +213,13 @@ def test_paged_attention(dim: int, first_key: int, num_heads: int, monkeypatch: 
     assert_near(with_torch(monkeypatch, lambda: paged_attention(q, k, v, layout, dim**-0.5)), exact)
     alone = make_attention_layout([(62, 1)], [tables[2]], page_size, q.device, first_key=first_key)
     assert torch.equal(paged_attention(q[36:37], k, v, alone, dim**-0.5), found[36:37])
+
+
+def test_a_token_that_sees_no_key_gets_zeros() -> None:
+    layout = make_attention_layout([(0, 2)], [[0]], 4, torch.device("cpu"), first_key=1)
+    found = paged_attention(torch.randn(2, 2, 16), *torch.randn(2, 1, 4, 1, 16), layout, 0.25)
+    assert not found[0].any()
+    assert found[1].isfinite().all()
 
 
 def test_a_model_of_other_types_is_left_to_torch() -> None:

@@ -175,6 +175,15 @@ def test_extreme_logits_and_temperatures(device: torch.device) -> None:
     torch.testing.assert_close(found[5], expected, rtol=1e-4, atol=1e-30)
 
 
+def test_tiny_probabilities_are_kept_where_the_rules_keep_them(device: torch.device) -> None:
+    logits = torch.full((3, 4099), -INF)
+    logits[:, 9], logits[:, 4098], logits[:, 7] = 20.0, 2.0, -18.0  # 1, 1.5e-8 and 3e-17 of the mass
+    rules = {"temperature": torch.ones(3), "top_k": torch.tensor([0, 2, 3]), "min_p": torch.tensor([1e-9, 0.0, 0.0])}
+    found = distributions(logits, rules, device)
+    assert [row.nonzero()[:, 0].tolist() for row in found] == [[9, 4098], [9, 4098], [7, 9, 4098]]
+    torch.testing.assert_close(found[2, [4098, 7]], torch.tensor([-18.0, -38.0]).exp(), rtol=1e-5, atol=0)
+
+
 def test_a_given_output_is_filled_and_bfloat16_is_widened(device: torch.device) -> None:
     logits, temperature = torch.randn(3, 100).bfloat16().to(device), torch.ones(3, device=device)
     out = torch.full((3, 100), math.nan, device=device)

@@ -365,6 +365,7 @@ DISPATCHED static void rope_and_cache(float *qkv, int64_t num_tokens, int64_t nu
         const float *c = cosine + positions[t] * dim, *s = sine + positions[t] * dim;
         for (int64_t h = 0; h < num_heads + num_kv_heads; h++)
             norm_and_rotate(qkv + h * dim, h < num_heads ? q_norm : k_norm, dim, half, eps, c, s);
+        if (slots[t] < 0) continue; /* a row that nobody stores */
         memcpy(k_cache + slots[t] * kv_size, qkv + num_heads * dim, kv_size * sizeof(float));
         memcpy(v_cache + slots[t] * kv_size, qkv + (num_heads + num_kv_heads) * dim, kv_size * sizeof(float));
     }
@@ -429,7 +430,7 @@ INLINE void attend(const int heads, const int num_vectors, const float *q, const
             *(f16v *)(row + i) = weight;
             total += weight;
         }
-        inverse[h] = 1.0f / sum16(total);
+        inverse[h] = count > 0 ? 1.0f / sum16(total) : 0.0f;
     }
     for (int64_t i = 0; i < count; i++) {
         const float *value = entry(kv->v, kv, first + i);

@@ -1,7 +1,7 @@
 """SwiGLU MLPs (Shazeer, 2020): a mixture of routed and shared experts, and the dense one.
 
 Floor: the weights of each expert that is touched, read once: 3 · I · H elements; limited by memory until an expert sees
-a few hundred tokens.
+a few hundred tokens. ``fused_moe_stacked`` is for GPUs: a few launches, whose sizes depend on nothing but shapes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nextn.kernels import native
+from nextn.kernels import gpu, native
+from nextn.kernels.fp8_quantize import quantize_per_group, quantize_per_token
 from nextn.kernels.linear import PackedWeight, linear
+from nextn.kernels.moe_align import moe_align
+from nextn.kernels.moe_combine import moe_combine
+from nextn.kernels.moe_matmul import choose_config, expert_matmul
 from nextn.kernels.silu_mul import silu_mul
 
 
@@ -122,3 +126,64 @@ def _runs(ordered: list[int]) -> tuple[list[int], list[int]]:
     for value in ordered:
         counts[value] = counts.get(value, 0) + 1
     return list(counts), list(counts.values())
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """The matrices of E routed experts, and of a shared one behind them that every token takes with weight 1.
+
+    w13: [E (+ 1), 2I, H], the gate's rows first; w2: [E (+ 1), H, I]
+    w13_scale, w2_scale: where the matrices are float8_e4m3fn, [·, 2I or H, 1] float32; or with ``block``
+        [·, 2⌈I / block_n⌉, ⌈H / block_k⌉] and [·, ⌈H / block_n⌉, ⌈I / block_k⌉]: gate and up have blocks of their own
+    num_routed: E
+    """
+
+    w13: torch.Tensor
+    w13_scale: torch.Tensor | None
+    w2: torch.Tensor
+    w2_scale: torch.Tensor | None
+    block: tuple[int, int] | None
+    num_routed: int
+    has_shared: bool
+
+
+def fused_moe_stacked(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: StackedExperts,
+    residual: torch.Tensor | None = None,
+    *,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Σ over a token's experts of weight · down(silu(gate(x)) · up(x)), plus the shared expert (plus residual).
+
+    FP8 matrices meet activations that are quantized per token, or per group of block_k columns; wide ones on cards
+    without FP8 units. Products are summed in float32; silu · up and an expert's result are rounded to x's dtype.
+
+    x: [T, H] bfloat16 or float16; expert_ids: [T, K] int64; expert_weights: [T, K] float32; residual: [T, H]
+    quantized: x as it would be quantized here, and its scales, where the caller has them
+    batch_invariant: cut up the products without regard to T, so that a token's result does not depend on its batch
+    Returns [T, H] in x's dtype.
+    """
+    num_tokens, top_k = expert_ids.shape
+    is_quantized = experts.w13_scale is not None and (not gpu.suits(x) or gpu.has_fp8_units(x.device))
+    config = choose_config(num_tokens, top_k, experts.num_routed, experts.block, batch_invariant=batch_invariant)
+    alignment = moe_align(expert_ids, experts.num_routed, config.block_m, has_shared=experts.has_shared)
+
+    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not is_quantized:
+            return rows, None
+        return quantize_per_token(rows) if experts.block is None else quantize_per_group(rows, experts.block[1])
+
+    rows, scale = quantized if is_quantized and quantized is not None else quantize(x.contiguous())
+    block, dtype = experts.block, x.dtype
+    activated = expert_matmul(
+        rows, scale, experts.w13, experts.w13_scale, block, alignment, config, swiglu=True, out_dtype=dtype
+    )
+    rows, scale = quantize(activated)
+    pairs = expert_matmul(
+        rows, scale, experts.w2, experts.w2_scale, block, alignment, config, swiglu=False, out_dtype=dtype
+    )
+    return moe_combine(pairs, expert_weights, residual)

@@ -393,8 +393,9 @@ def _lowest_level(  # type: ignore[no-untyped-def]
     count = tl.sum(tl.load(counts + at, mask=inside, other=0), 0)
     mass = tl.sum(tl.load(masses + at, mask=inside, other=0.0), 0)
     thresholds = _levels(peak, LEVELS)
+    least_mass = tl.where(p < 1.0, p, float("inf"))
     # Top-k needs its tokens' whole mass, so there min-p may not leave any out yet.
-    reached = tl.where(k > 0, count >= k, (mass >= p) | (thresholds <= least * peak))
+    reached = tl.where(k > 0, count >= k, (mass >= least_mass) | (thresholds <= least * peak))
     lowest = tl.min(tl.where(reached, level, LEVELS - 1), 0)
     chosen = level == lowest
     return lowest, tl.sum(tl.where(chosen, thresholds, 0.0), 0), tl.sum(tl.where(chosen, count, 0), 0)

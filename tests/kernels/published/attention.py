@@ -15,7 +15,7 @@ from nextn.kernels.rotary import RotaryTable
 from tests.kernels.published.common import Call, of
 
 PAGE_SIZE, NUM_PAGES = 16, 1 << 14
-QUERY_LENS = {1: (1,), 4: (4,), 16: (1,), 64: (1, 4), 512: (6, 512), 8192: (512, 8192)}
+QUERY_LENS = {1: (1,), 4: (4,), 16: (1,), 64: (1, 4, 64), 512: (6, 512), 8192: (512, 8192)}
 """By the batch's number of tokens, the most new tokens of a sequence."""
 
 

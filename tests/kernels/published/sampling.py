@@ -34,23 +34,24 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
                 f"{num_drafts} drafts, chains, {'certain' if q is None else 'drawn'}",
                 lambda p=chains, q=q, d=drafts: verify_chains(p, q, d, ids, ids),
             )
-        for logits in (probs, of(rows, vocab_size)):
-            for out in {id(x): x for x in (probs, logits)}.values():
-                for mask in (None, of(rows, -(-vocab_size // 32), dtype=torch.int32)):
-                    yield (
-                        f"{num_drafts} drafts, adjusted logits",
-                        lambda x=logits, out=out, d=drafts, mask=mask: adjust_logits_by_slot(
-                            x, rules, ids, ids, d, allowed=mask, out=out if out.dtype == torch.float32 else None
-                        ),
-                    )
+        mask = of(rows, -(-vocab_size // 32), dtype=torch.int32)
+        for case, logits, out, allowed in (
+            ("logits adjusted in place", probs, probs, None),
+            ("logits widened, adjusted and masked", of(rows, vocab_size), None, mask),
+        ):
+            yield (
+                f"{num_drafts} drafts, {case}",
+                lambda x=logits, out=out, d=drafts, allowed=allowed: adjust_logits_by_slot(
+                    x, rules, ids, ids, d, allowed=allowed, out=out
+                ),
+            )
     for logits in (scales(tokens, vocab_size), of(tokens, vocab_size)):
         yield "argmax", lambda x=logits: argmax(x)
-        for top_k in (None, ids):
-            for top_p in (None, floats):
-                for min_p in (None, floats):
-                    yield (
-                        "probabilities",
-                        lambda x=logits, rules=(top_k, top_p, min_p): sampling_probs(x, floats, *rules),
-                    )
+        for case, truncation in (
+            ("whole", (None, None, None)),
+            ("top-p", (None, floats, None)),
+            ("top-k, top-p and min-p", (ids, floats, floats)),
+        ):
+            yield f"probabilities, {case}", lambda x=logits, rules=truncation: sampling_probs(x, floats, *rules)
     yield "draw", lambda: sample_tokens(scales(tokens, vocab_size), of(tokens, dtype=torch.float64))
     yield "random numbers", lambda: random_uniform(ids, ids, DRAFT_STREAM)

@@ -1,0 +1,51 @@
+"""Every Triton kernel compiles for the cards that are served, in the published models' shapes, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.published.common import SHARED_MEMORY
+
+FEW_SPILLED_BYTES = 64
+"""Of a thread's registers, about what is put aside once around a loop; what spills inside one is more."""
+TWO_REGISTERS = 8
+"""Bytes that ptxas may put aside in a product, where that lets a second program run beside the first."""
+
+
+def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
+    """Figures of each kernel; see compile_ahead. In a process of its own, since here kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch)],
+        capture_output=True,
+        text=True,
+        env={**environment, "TRITON_CACHE_DIR": str(cache)},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.timeout(900)  # some hundred runs of ptxas
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    kernels = compiled(arch, tmp_path)
+    assert {"_matmul", "_project", "_norm_rows"} <= {one["kernel"] for one in kernels}
+    errors = [one for one in kernels if "error" in one]
+    assert not errors, errors
+    for one in kernels:
+        assert one["shared_bytes"] <= SHARED_MEMORY[arch], one
+        is_product = one["kernel"] in ("_matmul", "_project")
+        assert one["stack_bytes"] <= (TWO_REGISTERS if is_product else FEW_SPILLED_BYTES), one
+        if is_product:
+            assert one["uses_wgmma" if arch == 90 else "uses_mma"], one
+        if one["kernel"] == "_matmul" and one["constants"]["HAS_X_SCALE"]:
+            assert one["multiplies_fp8"], one
