@@ -96,15 +96,42 @@ def test_a_stop_token_inside_an_accepted_chain_ends_the_request_there(make_engin
     assert run_all(make_engine(decode_on_device=True), requests) == expected
 
 
-def test_what_only_the_plain_step_does_is_left_to_it(make_engine: EngineFactory, launches: list[int]) -> None:
-    special = [{"num_top_logprobs": 2}, {"presence_penalty": 0.5}, {"logit_bias": {3: 4.0}}, {"min_new_tokens": 10}]
-    for fields in special:
-        requests = [request("a", [5, 6, 7], **fields), request("b", [8, 9])]  # type: ignore[arg-type]
-        expected = run_all(make_engine(), requests)
-        assert run_all(make_engine(decode_on_device=True), requests) == expected
-    engine = make_engine(decode_on_device=True)
-    (outputs,) = run_outputs(engine, [request("c", [5, 6, 7], num_top_logprobs=2)]).values()
-    assert all(output.logprobs for output in outputs)
+RULES: list[dict[str, object]] = [
+    {"presence_penalty": 0.7},
+    {"frequency_penalty": -0.4, "temperature": 0.9, "has_own_seed": True},
+    {"repetition_penalty": 1.4},
+    {"logit_bias": {3: 4.0, 7: -9.0}, "temperature": 1.0, "has_own_seed": True},
+    {"min_new_tokens": 12, "ignore_eos": False},
+    {},
+]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_penalties_biases_and_least_lengths_hold_at_every_draft(
+    make_engine: EngineFactory, launches: list[int], overlap: bool
+) -> None:
+    """Prompts come in chunks, so that both ways of decoding take turns and what one decides, the other counts."""
+    requests = [
+        request(str(i), prompt, seed=i, **RULES[i % len(RULES)])  # type: ignore[arg-type]
+        for i, prompt in enumerate(prompts(12, shortest=20))
+    ]
+    options = {"chunked_prefill_size": 25, "max_running_requests": 5}
+    expected = run_all(make_engine(**options), requests)
+    plain = run_all(make_engine(**options), [request(r.rid, r.input_ids) for r in requests])
+    assert sum(expected[rid] != plain[rid] for rid in plain) >= 6, "the rules matter"
+    launches.clear()
+    assert run_all(make_engine(decode_on_device=True, enable_overlap=overlap, **options), requests) == expected
+    assert len(launches) > 20
+
+
+def test_log_probabilities_are_left_to_the_plain_step(make_engine: EngineFactory, launches: list[int]) -> None:
+    requests = [request("a", [5, 6, 7], num_top_logprobs=2), request("b", [8, 9], max_new_tokens=60)]
+    expected = run_outputs(make_engine(), requests)
+    launches.clear()
+    found = run_outputs(make_engine(decode_on_device=True), requests)
+    assert [o.logprobs for o in found["a"]] == [o.logprobs for o in expected["a"]]
+    assert all(output.logprobs for output in found["a"])
+    assert launches, "once it has ended, the other goes on without the plain step"
 
 
 def test_an_aborted_request_frees_its_pages_while_a_step_is_under_way(make_engine: EngineFactory) -> None:

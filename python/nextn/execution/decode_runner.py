@@ -20,6 +20,7 @@ class DecodeBatch(msgspec.Struct, frozen=True, array_like=True):
     """One step of sequences that only decode.
 
     slots: theirs; wanted_drafts: at most num_drafts each
+    is_greedy: whether all of them take the likeliest tokens as the model gives them
     patches: what the device does not know yet of them
     """
 

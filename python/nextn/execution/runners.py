@@ -10,6 +10,7 @@ import torch
 
 from nextn.checkpoint.loader import LoadedModel
 from nextn.config.engine_config import EngineConfig
+from nextn.errors import ConfigError
 from nextn.execution.decode_runner import DecodeRunner
 from nextn.execution.device import kv_dtype
 from nextn.execution.memory import MemoryPlan, free_for_kv_on_cpu, kv_bytes_per_token, make_kv_cache, num_pages_for
@@ -44,6 +45,8 @@ def make_pool(
 ) -> Pool:
     """Allocate the KV pool. Raises ConfigError if memory does not hold one worth having."""
     model_config, has_draft = loaded.model_config, loaded.draft is not None
+    if device.type == "cuda" and config.page_size & (config.page_size - 1):
+        raise ConfigError(f"--page-size: found {config.page_size}, expected a power of two on a GPU")
     context = config.context_length or model_config.max_position_embeddings
     stored = kv_dtype(config, dtype)
     bytes_per_token = kv_bytes_per_token(model_config, dtype, stored, has_draft=has_draft)
@@ -109,6 +112,7 @@ def _decode_runner(
 ) -> DecodeRunner:
     state = DecodeState(
         num_slots=config.max_running_requests,
+        vocab_size=loaded.model_config.vocab_size,
         context_length=context_length,
         max_drafts=max_drafts,
         page_size=config.page_size,

@@ -10,7 +10,7 @@ from nextn.execution.decode_runner import DecidedTokens, DecodeBatch, DecodeRunn
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler
 from nextn.scheduler.sequence import Sequence, Status
 from nextn.speculative.cycle import SpeculativeCycle
-from nextn.speculative.decode_state import SlotMirror
+from nextn.speculative.decode_state import MAX_BIASES, MAX_STOP_IDS, SlotMirror, has_rules
 from nextn.speculative.policy import DraftLengthPolicy
 
 
@@ -111,7 +111,7 @@ class Stepper:
 
     def _launch(self, extends: list[Extend], chosen: int | None) -> _Launched | None:
         """Start a step of the decode runner; None if it is not one for it."""
-        if self._runner is None or not all(extend.seq.is_decoding and _is_plain(extend.seq) for extend in extends):
+        if self._runner is None or not all(extend.seq.is_decoding and _is_served(extend.seq) for extend in extends):
             return None
         seqs = [extend.seq for extend in extends]
         wanted = [self.scheduler.wanted_drafts(seq, chosen) for seq in seqs]
@@ -154,7 +154,7 @@ class Stepper:
             slots=[seq.slot for seq in seqs],
             wanted_drafts=wanted,
             num_drafts=max(wanted),
-            is_greedy=all(seq.request.sampling.is_greedy for seq in seqs),
+            is_greedy=all(map(_is_greedy, seqs)),
             patches=[patch for patch in patches if patch is not None],
         )
         started = time.perf_counter()
@@ -203,15 +203,20 @@ class Stepper:
         return progress
 
 
-def _is_plain(seq: Sequence) -> bool:
-    """Whether the decode runner chooses the sequence's tokens as the request asks."""
-    request, sampling = seq.request, seq.request.sampling
+def _is_served(seq: Sequence) -> bool:
+    """Whether the decode runner gives the sequence all that it asks for."""
+    request = seq.request
     return (
         request.num_top_logprobs is None
-        and not sampling.has_penalties
-        and not sampling.logit_bias
-        and seq.num_output >= sampling.min_new_tokens
+        and len(request.sampling.logit_bias) <= MAX_BIASES
+        and len(seq.stop_ids) <= MAX_STOP_IDS
     )
+
+
+def _is_greedy(seq: Sequence) -> bool:
+    """Whether the sequence takes the likeliest tokens as the model gives them."""
+    sampling = seq.request.sampling
+    return sampling.is_greedy and not has_rules(sampling)
 
 
 def _tell_time(

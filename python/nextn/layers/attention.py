@@ -52,6 +52,7 @@ class Attention(nn.Module):
         self.eps = config.rms_norm_eps
         self.qk_norm = torch.empty(2, config.head_dim, dtype=dtype) if config.use_qk_norm else None
         self.packed_kv = rows_from(self.qkv_proj.packed, q_rows)
+        self.batch_invariant = False
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.qkv_proj.weight_slots()
@@ -62,6 +63,7 @@ class Attention(nn.Module):
 
     def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and qkv_proj prepared."""
+        self.batch_invariant = batch_invariant
         self.packed_kv = rows_from(self.qkv_proj.packed, self.num_heads * self.head_dim)
 
     def forward(
@@ -80,7 +82,7 @@ class Attention(nn.Module):
         q, k_cache, v_cache = self._rotate_and_write(self.qkv_proj.forward(x), rotation, batch.slot_mapping, kv_cache)
         if batch.output_rows is not None:
             q = q.index_select(0, batch.output_rows)
-        attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale)
+        attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale, batch_invariant=self.batch_invariant)
         return self.o_proj.forward(attended.reshape(q.shape[0], -1), residual)
 
     @property

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.nextn_input import nextn_input
+from nextn.kernels.linear import StoredWeight
+from nextn.kernels.nextn_input import nextn_input, nextn_projection
 from nextn.kernels.rope_and_cache import Rotation
 from nextn.kernels.rotary import make_rotary_table
 from nextn.layers.batch import ExtendBatch
@@ -126,7 +127,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
 
     def _combine(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """eh_proj(concat[enorm(embed(t)), hnorm(h)]), [T, H]."""
-        both = nextn_input(
+        parts = (
             input_ids,
             self.embed_tokens.weight,
             hidden_states,
@@ -134,7 +135,17 @@ class Glm4MoeForCausalLMNextN(nn.Module):
             self.hnorm.weight,
             self.config.rms_norm_eps,
         )
-        return self.eh_proj.forward(both)
+        projection = self.eh_proj.packed
+        if isinstance(projection, StoredWeight):
+            return nextn_projection(
+                *parts,
+                projection.weight,
+                projection.scale,
+                projection.block,
+                counters=projection.counters,
+                batch_invariant=projection.batch_invariant,
+            )
+        return self.eh_proj.forward(nextn_input(*parts))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, H], as ``forward`` returns it. Returns [R, vocab_size] float32."""

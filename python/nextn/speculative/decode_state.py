@@ -11,8 +11,32 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from nextn.kernels.penalties import LogitRules, count_tokens
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
+
+MAX_BIASES = 512
+MAX_STOP_IDS = 64
+"""What there is memory for per slot; sequences that ask for more are not decoded this way."""
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """What stays the same of a sequence. token_limit: the most tokens it can have, prompt included."""
+
+    sampling: TokenSampling
+    num_prompt: int
+    token_limit: int
+    stop_ids: list[int]
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether its logits are adjusted."""
+        return has_rules(self.sampling)
+
+
+def has_rules(sampling: TokenSampling) -> bool:
+    """Whether a request asks for anything that ``LogitRules`` hold."""
+    return bool(sampling.has_penalties or sampling.logit_bias or sampling.min_new_tokens)
 
 
 class SlotPatch(msgspec.Struct, frozen=True, array_like=True):
@@ -20,7 +44,7 @@ class SlotPatch(msgspec.Struct, frozen=True, array_like=True):
 
     tokens: those from position first_token on, up to the sequence's last; none leaves its length as it is
     pages: its pages from index first_page on
-    sampling, token_limit: of a sequence that is new in the slot; token_limit: prompt and max_new_tokens together
+    new: where the sequence is new in the slot
     """
 
     slot: int
@@ -28,8 +52,7 @@ class SlotPatch(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     first_page: int
     pages: list[int]
-    sampling: TokenSampling | None = None
-    token_limit: int = 0
+    new: NewSequence | None = None
 
 
 class DecodeState:
@@ -38,11 +61,13 @@ class DecodeState:
     tokens: [num_slots + 1, width] int64; num_tokens, token_limit, seed, top_k: [num_slots + 1] int64
     page_table: [num_slots + 1, max_pages] int64; pages that a sequence does not have are the scratch page
     temperature, top_p, min_p: [num_slots + 1] float32
+    rules: what is asked of the logits
     """
 
     def __init__(
         self,
         num_slots: int,
+        vocab_size: int,
         context_length: int,
         max_drafts: int,
         page_size: int,
@@ -67,37 +92,70 @@ class DecodeState:
         self.temperature = torch.zeros(rows, device=device)
         self.top_p = torch.ones(rows, device=device)
         self.min_p = torch.zeros(rows, device=device)
+        self.rules = LogitRules.for_slots(
+            rows, vocab_size, max_bias=MAX_BIASES, max_stop_ids=MAX_STOP_IDS, device=device
+        )
+        self._with_rules: set[int] = set()
 
     def apply(self, patches: Rows[SlotPatch]) -> None:
         """Write patches, in stream order: steps that were launched before do not see them."""
         if not patches:
             return
-        self._begin([patch for patch in patches if patch.sampling is not None])
+        self._begin([(patch, patch.new) for patch in patches if patch.new is not None])
+        self._count([patch for patch in patches if patch.new is None and patch.slot in self._with_rules])
         self._put(self.tokens, [(p.slot * self.width + p.first_token, p.tokens) for p in patches if p.tokens])
         max_pages = self.page_table.shape[1]
         self._put(self.page_table, [(p.slot * max_pages + p.first_page, p.pages) for p in patches if p.pages])
         self._put(self.num_tokens, [(p.slot, [p.first_token + len(p.tokens)]) for p in patches if p.tokens])
 
-    def _begin(self, patches: Rows[SlotPatch]) -> None:
+    def _begin(self, patches: Rows[tuple[SlotPatch, NewSequence]]) -> None:
         """Sequences that are new in their slots."""
         if not patches:
             return
+        sampling = [new.sampling for _, new in patches]
         slots, limits, seeds, top_ks = self._upload(
             [
-                [p.slot for p in patches],
-                [p.token_limit for p in patches],
-                [p.sampling.seed for p in patches if p.sampling],
-                [p.sampling.top_k for p in patches if p.sampling],
+                [patch.slot for patch, _ in patches],
+                [new.token_limit for _, new in patches],
+                [one.seed for one in sampling],
+                [one.top_k for one in sampling],
             ],
             torch.int64,
         )
         temperatures, top_ps, min_ps = self._upload(
-            [[getattr(p.sampling, name) for p in patches] for name in ("temperature", "top_p", "min_p")],
+            [[one.temperature for one in sampling], [one.top_p for one in sampling], [one.min_p for one in sampling]],
             torch.float32,
         )
         self.token_limit[slots], self.seed[slots], self.top_k[slots] = limits, seeds, top_ks
         self.temperature[slots], self.top_p[slots], self.min_p[slots] = temperatures, top_ps, min_ps
         self.page_table.index_fill_(0, slots, self.scratch_page)
+        for patch, new in patches:
+            if new.has_rules:
+                self._assign_rules(patch, new)
+            elif patch.slot in self._with_rules:
+                self._with_rules.remove(patch.slot)
+                self.rules.assign(patch.slot, [], [])
+
+    def _assign_rules(self, patch: SlotPatch, new: NewSequence) -> None:
+        self._with_rules.add(patch.slot)
+        self.rules.assign(
+            patch.slot,
+            patch.tokens[: new.num_prompt],
+            patch.tokens[new.num_prompt :],
+            repetition=new.sampling.repetition_penalty,
+            presence=new.sampling.presence_penalty,
+            frequency=new.sampling.frequency_penalty,
+            logit_bias=new.sampling.logit_bias,
+            stop_ids=new.stop_ids,
+            min_new_tokens=new.sampling.min_new_tokens,
+        )
+
+    def _count(self, patches: Rows[SlotPatch]) -> None:
+        """Output tokens that another kind of step has decided."""
+        for patch in patches:
+            if patch.tokens:
+                slot, tokens = self._upload([[patch.slot] * len(patch.tokens), patch.tokens], torch.int64)
+                count_tokens(self.rules.output_counts, slot[:1], tokens[None])
 
     def _put(self, table: torch.Tensor, runs: Rows[tuple[int, list[int]]]) -> None:
         """Write runs of values at places of the flattened table."""
@@ -137,7 +195,8 @@ class SlotMirror:
             assert not is_ahead, "a sequence that is new in its slot has no step under way"
             self._known[seq.slot] = _Known(seq, len(seq.tokens), list(seq.pages))
             limit = seq.num_prompt + seq.max_new_tokens
-            return SlotPatch(seq.slot, 0, list(seq.tokens), 0, list(seq.pages), seq.request.sampling, limit)
+            new = NewSequence(seq.request.sampling, seq.num_prompt, limit, sorted(seq.stop_ids))
+            return SlotPatch(seq.slot, 0, list(seq.tokens), 0, list(seq.pages), new)
         first_page = _first_difference(known.pages, seq.pages)
         tokens = [] if is_ahead else seq.tokens[known.num_tokens :]
         pages = seq.pages[first_page:]

@@ -7,24 +7,20 @@ be recorded as a CUDA graph, and launched before the tokens of the step before a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from nextn.kernels.paged_attention import AttentionLayout
-from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
-from nextn.kernels.sampling import sample_tokens, sampling_probs
+from nextn.kernels.penalties import adjust_logits_by_slot, count_tokens
+from nextn.kernels.random_uniform import DRAFT_STREAM, random_uniform
+from nextn.kernels.sampling import argmax, sample_tokens, sampling_probs
+from nextn.kernels.verify import NO_TOKEN, verify_chains, verify_greedy_chains
 from nextn.layers.batch import ExtendBatch
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe import Glm4MoeForCausalLM
-from nextn.speculative.acceptance import NO_DRAFT, verify_sampled
 from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.proposer import FIRST_KEY, NextNProposer
-
-_Choose = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
-"""(logits [S, V], draft step) → tokens [S] and the probabilities [S, V] they were drawn from, None if greedy."""
 
 
 @dataclass(frozen=True)
@@ -61,98 +57,65 @@ class DecodeStep:
     def run(self, rows: DecodeRows, num_drafts: int, *, is_greedy: bool) -> torch.Tensor:
         """Advance every sequence by 1 … num_drafts + 1 tokens.
 
-        is_greedy: whether all sequences are
+        is_greedy: whether all sequences take the likeliest tokens as the model gives them
         Returns [S, num_drafts + 2] int64: the number of accepted drafts, then these, the token after them, and -1s.
         """
         state = self._state
-        num_seqs = rows.read.shape[0]
         num_tokens = state.num_tokens.index_select(0, rows.read)
-        places = _Places.of(self._state, rows, num_tokens - 1, num_drafts, self._scratch_slot)
-        choose = partial(self._choose, rows, num_tokens, is_greedy)
+        places = _Places.of(state, rows, num_tokens - 1, num_drafts, self._scratch_slot)
+        choice = _Choice.of(state, rows.read, num_tokens, is_greedy)
 
-        draft_tokens, draft_probs = self._draft(places, num_drafts, choose)
-        room = state.token_limit.index_select(0, rows.read) - num_tokens - 1
-        num_chained = torch.minimum(rows.wanted_drafts, room.clamp(min=0))
-        beyond = torch.arange(num_drafts, device=room.device) >= num_chained[:, None]
-        draft_tokens_kept = draft_tokens.masked_fill(beyond, NO_DRAFT)
-
+        draft_tokens, draft_probs = self._draft(places, num_drafts, choice)
         ids = torch.cat([places.root_tokens[:, None], draft_tokens], 1)
         hidden = self._target.forward(ids.view(-1), places.verify_batch(), self._kv_cache)
         if self._proposer is not None:
             self._proposer.store_hidden(places.slots.view(-1), hidden)
-        logits = self._target.compute_logits(hidden).view(num_seqs, num_drafts + 1, -1)
-        num_accepted, final = self._accept(rows, num_tokens, logits, draft_tokens_kept, draft_probs, is_greedy)
-        tokens = _compacted(draft_tokens, num_accepted, final)
-        self._commit(rows.write, num_tokens, num_accepted, tokens)
+        logits = self._target.compute_logits(hidden)
+
+        room = state.token_limit.index_select(0, rows.read) - num_tokens - 1
+        num_chained = torch.minimum(rows.wanted_drafts, room.clamp(min=0))
+        beyond = torch.arange(num_drafts, device=room.device) >= num_chained[:, None]
+        num_accepted, tokens = self._accept(choice, logits, draft_tokens.masked_fill(beyond, NO_TOKEN), draft_probs)
+        self._commit(rows.write, num_tokens, num_accepted, tokens, is_greedy=is_greedy)
         return torch.cat([num_accepted[:, None], tokens], 1)
 
-    def _draft(self, places: _Places, num_drafts: int, choose: _Choose) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _draft(self, places: _Places, num_drafts: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns drafts [S, num_drafts] int64, and the probabilities they were drawn from, None if all greedy."""
         num_seqs = places.root.shape[0]
+        tokens = places.root.new_empty(num_seqs, num_drafts)
         if num_drafts == 0:
-            return places.root.new_empty(num_seqs, 0), None
+            return tokens, None
         assert self._proposer is not None, "drafts are asked for only where there is a draft model"
-        tokens: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
         ids, hidden_slots, batch = places.first_draft()
         hidden = self._proposer.hidden_at(hidden_slots)
         for step in range(num_drafts):
             if step:
-                ids, batch = tokens[-1], places.next_draft(step)
+                ids, batch = tokens[:, step - 1].contiguous(), places.next_draft(step)
             hidden = self._proposer.draft.forward(ids, hidden, batch, self._kv_cache)
-            chosen, drawn_from = choose(self._proposer.draft.compute_logits(hidden), step)
-            tokens.append(chosen)
+            chosen, drawn_from = choice.draft(self._proposer.draft.compute_logits(hidden), tokens, step)
+            tokens[:, step] = chosen
             if drawn_from is not None:
                 probs.append(drawn_from)
-        return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
-
-    def _choose(
-        self, rows: DecodeRows, num_tokens: torch.Tensor, is_greedy: bool, logits: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The drafts of one step. logits: [S, V] float32."""
-        if is_greedy:
-            return logits.argmax(-1), None
-        probs = self._probs(logits, rows.read)
-        seeds = self._state.seed.index_select(0, rows.read)
-        return sample_tokens(probs, random_uniform(seeds, num_tokens + step, DRAFT_STREAM)), probs
-
-    def _probs(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """What each row is drawn from, [R, V]. slots: [R] int64."""
-        of_slot = (self._state.temperature, self._state.top_k, self._state.top_p, self._state.min_p)
-        return sampling_probs(logits, *(values.index_select(0, slots) for values in of_slot))
+        return tokens, torch.stack(probs, 1) if probs else None
 
     def _accept(
-        self,
-        rows: DecodeRows,
-        num_tokens: torch.Tensor,
-        logits: torch.Tensor,
-        draft_tokens: torch.Tensor,
-        draft_probs: torch.Tensor | None,
-        is_greedy: bool,
+        self, choice: _Choice, logits: torch.Tensor, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits: [S, k + 1, V]; draft_tokens: [S, k], NO_DRAFT beyond a chain's end; draft_probs: [S, k, V]
+        """logits: [S · (k + 1), V]; draft_tokens: [S, k], NO_TOKEN beyond a chain's end; draft_probs: [S, k, V]
 
-        Returns the number of accepted drafts and the token after them, [S] each.
+        Returns the number of accepted drafts [S], and these with the token after them, then NO_TOKEN, [S, k + 1].
         """
-        if is_greedy:
-            return _verify_greedy(logits.argmax(-1), draft_tokens)
-        num_drafts = draft_tokens.shape[1]
-        slots = rows.read.repeat_interleave(num_drafts + 1)
-        probs = self._probs(logits.flatten(0, 1), slots).view(logits.shape)
-        if draft_probs is None:
-            draft_probs = probs[:, :0]
-        seeds = self._state.seed.index_select(0, rows.read)
-        positions = num_tokens[:, None] + torch.arange(num_drafts + 1, device=probs.device)
-        return verify_sampled(
-            probs,
-            draft_probs.masked_fill((draft_tokens == NO_DRAFT)[:, :, None], 0.0),
-            draft_tokens,
-            random_uniform(seeds, positions[:, :-1], ACCEPT_STREAM),
-            random_uniform(seeds, positions, FINAL_STREAM),
-        )
+        return choice.verify(logits, draft_tokens, draft_probs)
 
     def _commit(
-        self, write: torch.Tensor, num_tokens: torch.Tensor, num_accepted: torch.Tensor, tokens: torch.Tensor
+        self,
+        write: torch.Tensor,
+        num_tokens: torch.Tensor,
+        num_accepted: torch.Tensor,
+        tokens: torch.Tensor,
+        *,
+        is_greedy: bool,
     ) -> None:
         """Append the tokens to the state. What stands beyond num_tokens is never read."""
         state = self._state
@@ -161,6 +124,60 @@ class DecodeStep:
         index = write[:, None] * state.width + columns
         state.tokens.view(-1).index_copy_(0, index.view(-1), tokens.clamp(min=0).view(-1))
         state.num_tokens.index_copy_(0, write, num_tokens + num_accepted + 1)
+        if not is_greedy:
+            count_tokens(state.rules.output_counts, write, tokens)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How the sequences choose their tokens. slots, num_tokens, seeds: [S] int64."""
+
+    state: DecodeState
+    slots: torch.Tensor
+    num_tokens: torch.Tensor
+    seeds: torch.Tensor
+    is_greedy: bool
+
+    @classmethod
+    def of(cls, state: DecodeState, slots: torch.Tensor, num_tokens: torch.Tensor, is_greedy: bool) -> _Choice:
+        return cls(state, slots, num_tokens, state.seed.index_select(0, slots), is_greedy)
+
+    def draft(
+        self, logits: torch.Tensor, draft_tokens: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One draft per sequence. logits: [S, V] float32, overwritten; draft_tokens: [S, k], of which step are known.
+
+        Returns tokens [S] int64, and the probabilities [S, V] they were drawn from, None if all are greedy.
+        """
+        if self.is_greedy:
+            return argmax(logits), None
+        probs = self._probs(logits, self.slots, draft_tokens, step)
+        return sample_tokens(probs, random_uniform(self.seeds, self.num_tokens + step, DRAFT_STREAM)), probs
+
+    def verify(
+        self, logits: torch.Tensor, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``DecodeStep._accept``."""
+        num_seqs, num_drafts = draft_tokens.shape
+        if self.is_greedy:
+            return verify_greedy_chains(argmax(logits).view(num_seqs, -1), draft_tokens)
+        probs = self._probs(logits, self.slots.repeat_interleave(num_drafts + 1), draft_tokens, 0)
+        if draft_probs is not None:
+            draft_probs = draft_probs.masked_fill((draft_tokens == NO_TOKEN)[:, :, None], 0.0)
+        return verify_chains(
+            probs.view(num_seqs, num_drafts + 1, -1), draft_probs, draft_tokens, self.seeds, self.num_tokens
+        )
+
+    def _probs(
+        self, logits: torch.Tensor, slots: torch.Tensor, draft_tokens: torch.Tensor, num_before: int
+    ) -> torch.Tensor:
+        """What rows are drawn from, [R, V]; slots: [R], each row's. For others see ``adjust_logits_by_slot``."""
+        state = self.state
+        logits = adjust_logits_by_slot(
+            logits, state.rules, self.slots, self.num_tokens, draft_tokens, num_before=num_before, out=logits
+        )
+        of_slot = (state.temperature, state.top_k, state.top_p, state.min_p)
+        return sampling_probs(logits, *(values.index_select(0, slots) for values in of_slot))
 
 
 @dataclass(frozen=True)
@@ -244,18 +261,3 @@ def _tokens_at(state: DecodeState, rows: DecodeRows, positions: torch.Tensor) ->
     """Known tokens at positions [S, n]."""
     index = rows.read[:, None] * state.width + positions
     return state.tokens.view(-1).index_select(0, index.view(-1)).view(positions.shape)
-
-
-def _verify_greedy(target_tokens: torch.Tensor, draft_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """target_tokens: [S, k + 1]; draft_tokens: [S, k]. Returns accepted drafts and the token after them, [S] each."""
-    num_accepted = (target_tokens[:, :-1] == draft_tokens).cumprod(1).sum(1)
-    return num_accepted, target_tokens.gather(1, num_accepted[:, None])[:, 0]
-
-
-def _compacted(draft_tokens: torch.Tensor, num_accepted: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-    """Accepted drafts, the final token, then -1: [S, k + 1]."""
-    width = draft_tokens.shape[1] + 1
-    offsets = torch.arange(width, device=draft_tokens.device)
-    padded = torch.cat([draft_tokens, final[:, None]], 1)
-    tokens = torch.where(offsets < num_accepted[:, None], padded, -1)
-    return torch.where(offsets == num_accepted[:, None], final[:, None], tokens)
