@@ -26,11 +26,11 @@ from nextn.config.model_config import ModelConfig
 from nextn.execution import decode_runner, runners
 from nextn.execution.decode_runner import DecidedTokens, DecodeBatch
 from nextn.execution.engine import Engine
+from nextn.kernels.verify import NO_TOKEN
 from nextn.layers import moe
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
-from nextn.speculative.acceptance import NO_DRAFT
-from nextn.speculative.decode_step import DecodeRows, DecodeStep
+from nextn.speculative.decode_step import DecodeStep
 
 from benchmarks.gpu.floors import best_ratio, kv_bytes, moe_layer_bytes, step_bytes
 from benchmarks.gpu.place import Place
@@ -51,16 +51,23 @@ class PinnedDecodeStep(DecodeStep):
     """Accepts ACCEPT_LENGTH - 1 drafts of every chain that is so long, after doing all that accepting takes."""
 
     def _accept(
-        self,
-        rows: DecodeRows,
-        num_tokens: torch.Tensor,
-        logits: torch.Tensor,
-        draft_tokens: torch.Tensor,
-        draft_probs: torch.Tensor | None,
-        is_greedy: bool,
+        self, choice: Any, logits: torch.Tensor, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        _, final = super()._accept(rows, num_tokens, logits, draft_tokens, draft_probs, is_greedy)
-        return (draft_tokens != NO_DRAFT).sum(1).clamp(max=int(ACCEPT_LENGTH) - 1), final
+        accepted, tokens = super()._accept(choice, logits, draft_tokens, draft_probs)
+        return (accepted, tokens) if draft_tokens.shape[1] == 0 else pinned(accepted, tokens, draft_tokens)
+
+
+def pinned(accepted: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step decided, had it accepted ACCEPT_LENGTH - 1 drafts, or all of a shorter chain.
+
+    accepted: [S]; tokens: [S, k + 1], the accepted drafts, the token after them, then NO_TOKEN
+    drafts: [S, k], NO_TOKEN beyond a chain's end
+    """
+    final = tokens.gather(1, accepted[:, None])
+    num = (drafts != NO_TOKEN).sum(1).clamp(max=int(ACCEPT_LENGTH) - 1)
+    offsets = torch.arange(tokens.shape[1], device=tokens.device)
+    chain = torch.where(offsets < num[:, None], torch.cat([drafts, final], 1), NO_TOKEN)
+    return num, torch.where(offsets == num[:, None], final, chain)
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,14 @@ def measure(place: Place) -> Iterator[Outcome]:
         engine = make_engine(place, config, Path(folder), max(batches))
         shape = f"GLM-4.5-Air, {config.num_hidden_layers} of {config_of(NAME, place).num_hidden_layers} layers"
         plain: dict[int, Steps] = {}
-        yield from _attempt(f"{shape}, batch 1, a step", lambda: _step_row(place, engine, config, shape, plain))
+        yield from _attempt(f"{shape}, batch 1, a step", partial(_step_row, place, engine, config, shape, plain))
         for batch in (1, max(batches)):
             place.check_time(3, "the step at batch 1")
-            yield from _attempt(
-                f"{shape}, batch {batch}, idle", lambda batch=batch: _idle_row(place, engine, batch, shape)
-            )
+            yield from _attempt(f"{shape}, batch {batch}, idle", partial(_idle_row, place, engine, batch, shape))
         for batch in batches:
             place.check_time(6, f"batches before {batch}")
-            yield from _attempt(
-                f"{shape}, batch {batch}, drafts",
-                lambda batch=batch: _drafts_row(place, engine, config, batch, shape, plain),
-            )
+            run = partial(_drafts_row, place, engine, config, batch, shape, plain)
+            yield from _attempt(f"{shape}, batch {batch}, drafts", run)
 
 
 def _attempt(what: str, run: Callable[[], Row]) -> Iterator[Outcome]:
