@@ -72,10 +72,15 @@ EngineFactory = Callable[..., Engine]
 
 @pytest.fixture(scope="session")
 def make_engine(tiny_checkpoint: Path) -> EngineFactory:
-    """Builds an engine over the tiny checkpoint; keyword arguments are EngineConfig's."""
+    """Builds an engine over the tiny checkpoint, on the CPU; keyword arguments are EngineConfig's."""
 
     def make(**options: Any) -> Engine:
-        defaults = {"model_path": str(tiny_checkpoint), "max_running_requests": 16, "num_draft_steps": 3}
+        defaults = {
+            "model_path": str(tiny_checkpoint),
+            "device": "cpu",
+            "max_running_requests": 16,
+            "num_draft_steps": 3,
+        }
         return Engine(EngineConfig(**{**defaults, **options}))
 
     return make

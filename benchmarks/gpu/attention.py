@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from nextn.kernels.fp8_quantize import FP8
 from nextn.kernels.paged_attention import AttentionLayout, paged_attention
 
 from benchmarks.gpu.floors import kv_bytes
-from benchmarks.gpu.place import Place, check, poisoned
+from benchmarks.gpu.place import Place, attempt, check, poisoned
 from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of
 
@@ -27,7 +28,8 @@ def measure(place: Place) -> Iterator[Outcome]:
         for batch, context in cases:
             for dtype in (torch.bfloat16, FP8):
                 place.check_time(4, f"the cases before {batch} × {context}")
-                yield _row(place, batch, context, dtype)
+                what = f"decode attention, {batch} × {context}, {dtype}"
+                yield attempt(what, partial(_row, place, batch, context, dtype))
 
 
 def _row(place: Place, batch: int, context: int, dtype: torch.dtype) -> Row:

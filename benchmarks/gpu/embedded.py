@@ -18,8 +18,9 @@ from benchmarks.gpu.row import Goal, Outcome, Row
 
 NUM_DRAFTS = 3
 NUM_TOP = 20
-TIE = 0.5
-"""Nats. A card multiplies activations in FP8 too, whose rounding moves each of them by 0.026 in the mean."""
+TIE = 1.0
+"""Nats. A card multiplies activations in FP8 too; here that moves the lead of the likeliest token over the next by 0.09
+in the median and by 1.4 at the 99th percentile."""
 ACCEPT_GOAL = Goal(at_least=0.95, at_most=1.05)
 
 

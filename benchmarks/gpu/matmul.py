@@ -12,7 +12,7 @@ from nextn.config.model_config import ModelConfig
 from nextn.kernels.fp8_matmul import MAX_TILES, w8a8_matmul
 from nextn.kernels.fp8_quantize import FP8
 
-from benchmarks.gpu.place import Place, check, poisoned
+from benchmarks.gpu.place import Place, attempt, check, poisoned
 from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of
 
@@ -53,7 +53,7 @@ def measure(place: Place) -> Iterator[Outcome]:
         for done, m in enumerate(sizes):
             for name in ("glm-4.5-air", "glm-4.6"):
                 place.check_time(3, f"{done} of {len(sizes)} numbers of rows")
-                yield _row(place, name, m)
+                yield attempt(f"W8A8 products of a layer, {name}, M = {m}", partial(_row, place, name, m))
 
 
 def linears(config: ModelConfig) -> dict[str, tuple[int, int]]:

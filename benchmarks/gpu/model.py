@@ -11,7 +11,6 @@ import random
 import statistics
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ from nextn.protocol.sampling import TokenSampling
 from nextn.speculative.decode_step import DecodeStep
 
 from benchmarks.gpu.floors import best_ratio, kv_bytes, moe_layer_bytes, step_bytes
-from benchmarks.gpu.place import Place
-from benchmarks.gpu.row import Failure, Goal, Outcome, Row
+from benchmarks.gpu.place import Place, attempt
+from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of, raw_config
 
 NAME = "glm-4.5-air"
@@ -90,22 +89,14 @@ def measure(place: Place) -> Iterator[Outcome]:
         engine = make_engine(place, config, Path(folder), max(batches))
         shape = f"GLM-4.5-Air, {config.num_hidden_layers} of {config_of(NAME, place).num_hidden_layers} layers"
         plain: dict[int, Steps] = {}
-        yield from _attempt(f"{shape}, batch 1, a step", partial(_step_row, place, engine, config, shape, plain))
+        yield attempt(f"{shape}, batch 1, a step", partial(_step_row, place, engine, config, shape, plain))
         for batch in (1, max(batches)):
             place.check_time(3, "the step at batch 1")
-            yield from _attempt(f"{shape}, batch {batch}, idle", partial(_idle_row, place, engine, batch, shape))
+            yield attempt(f"{shape}, batch {batch}, idle", partial(_idle_row, place, engine, batch, shape))
         for batch in batches:
             place.check_time(6, f"batches before {batch}")
             run = partial(_drafts_row, place, engine, config, batch, shape, plain)
-            yield from _attempt(f"{shape}, batch {batch}, drafts", run)
-
-
-def _attempt(what: str, run: Callable[[], Row]) -> Iterator[Outcome]:
-    """One figure that fails does not stop the others."""
-    try:
-        yield run()
-    except Exception as error:
-        yield Failure(what, f"{type(error).__name__}: {error}", traceback.format_exc())
+            yield attempt(f"{shape}, batch {batch}, drafts", run)
 
 
 def _num_layers(place: Place) -> int:

@@ -14,7 +14,7 @@ from nextn.kernels.fp8_quantize import FP8, quantize_per_token
 from nextn.kernels.fused_moe import StackedExperts, fused_moe_stacked
 
 from benchmarks.gpu.floors import expert_bytes
-from benchmarks.gpu.place import Place, check, poisoned
+from benchmarks.gpu.place import Place, attempt, check, poisoned
 from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of
 
@@ -41,9 +41,9 @@ def measure(place: Place) -> Iterator[Outcome]:
         experts = random_experts(config, place.device)
         for m in sizes:
             place.check_time(4, f"M < {m}")
-            yield _memory_row(place, config, experts, m)
+            yield attempt(f"fused MoE, M = {m}", partial(_memory_row, place, config, experts, m))
         place.check_time(6, f"M ≤ {sizes[-1]}")
-        yield _arithmetic_row(place, config, experts, many)
+        yield attempt(f"fused MoE, M = {many}", partial(_arithmetic_row, place, config, experts, many))
 
 
 def _memory_row(place: Place, config: ModelConfig, experts: StackedExperts, m: int) -> Row:

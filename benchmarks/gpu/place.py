@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.gpu.row import Machine
+from benchmarks.gpu.row import Failure, Machine, Outcome, Row
 
 WINDOW = 0.02
 """Seconds that a repeat takes at least: many times what starting it costs."""
@@ -117,6 +118,14 @@ def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def attempt(what: str, run: Callable[[], Row]) -> Outcome:
+    """One figure that cannot be measured does not stop those after it."""
+    try:
+        return run()
+    except Exception as error:
+        return Failure(what, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 @contextmanager
