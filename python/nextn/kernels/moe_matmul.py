@@ -204,7 +204,8 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
         if expert < 0:
             return
         pair = tl.load(pairs + block * BLOCK_M + inner_m)
-    # Rows and columns beyond the end read the first ones, and are not stored.
+    # Rows beyond the end are zeros, columns beyond the end are the first ones; neither is stored.
+    is_pair = (pair < num_pairs)[:, None]
     row = (tl.where(pair < num_pairs, pair, 0) // PAIRS_PER_ROW).to(tl.int64)
     halves: tl.constexpr = 2 if SWIGLU else 1
     width: tl.constexpr = BLOCK_N // halves
@@ -226,14 +227,14 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         if EVEN_K:
-            x_values = tl.load(x_tile + step * BLOCK_K)
+            x_values = tl.load(x_tile + step * BLOCK_K, mask=is_pair, other=0.0)
             w_values = tl.load(w_tile + step * BLOCK_K)
         else:
             inside = (step * BLOCK_K + inner_k < k)[None, :]
-            x_values = tl.load(x_tile + step * BLOCK_K, mask=inside, other=0.0)
+            x_values = tl.load(x_tile + step * BLOCK_K, mask=is_pair & inside, other=0.0)
             w_values = tl.load(w_tile + step * BLOCK_K, mask=inside, other=0.0)
         if GROUP_K > 0:
-            partial = product(x_values, w_values, TRANSPOSED, WIDEN)
+            # Asked for before the product, which hides their latency.
             group = step * BLOCK_K // GROUP_K
             if GROUP_N % width != 0:
                 scale_n = tl.load(w_scales + group)
@@ -241,9 +242,11 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
                 scale_n = tl.where(half == 0, tl.load(tile_scales + group), tl.load(other_scales + group))
             else:
                 scale_n = tl.load(tile_scales + group) + tl.zeros((BLOCK_N,), tl.float32)
-            partial *= scale_n[:, None] if TRANSPOSED else scale_n[None, :]
             if HAS_X_SCALE:
                 scale_m = tl.load(x_scales + group)
+            partial = product(x_values, w_values, TRANSPOSED, WIDEN)
+            partial *= scale_n[:, None] if TRANSPOSED else scale_n[None, :]
+            if HAS_X_SCALE:
                 partial *= scale_m[None, :] if TRANSPOSED else scale_m[:, None]
             total += partial
         elif HAS_X_SCALE:
@@ -268,4 +271,4 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
         total = gate * tl.sigmoid(gate) * up
     column = tile * width + tl.arange(0, width)
     places = pair.to(tl.int64)[:, None] * n + column[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=(pair < num_pairs)[:, None] & (column < n)[None, :])
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=is_pair & (column < n)[None, :])
