@@ -19,6 +19,7 @@ from nextn.protocol.messages import AddRequest, RequestOutput
 from nextn.protocol.sampling import TokenSampling
 
 from tests.checkpoints import tiny_config, write_checkpoint
+from tests.interpreter import stand_in_for_a_gpu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,27 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def device(poisoned_memory: None) -> Iterator[torch.device]:
-    """A device whose tensors the public functions give to Triton: the GPU, or the CPU with Triton's interpreter."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        yield torch.device("cuda")
-        return
-    from tests.kernels.interpreter import triton_on_cpu
-
-    with triton_on_cpu():
-        yield torch.device("cpu")
 
 
 @pytest.fixture
@@ -65,6 +45,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random FP8 checkpoint with a NextN layer. Its vocabulary is small, so that random drafts are often right."""
     config = tiny_config(vocab_size=24, num_nextn_predict_layers=1, max_position_embeddings=512)
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), config, quant="channel")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> torch.device:
+    """Where Triton's kernels run: the GPU if there is one, else the CPU, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    stand_in_for_a_gpu(monkeypatch)
+    return torch.device("cpu")
 
 
 EngineFactory = Callable[..., Engine]

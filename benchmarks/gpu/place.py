@@ -51,9 +51,7 @@ class Place:
         """The nextn functions called in this context are those of a GPU."""
         if self.way != "triton":
             return nullcontext()
-        from tests.kernels.interpreter import triton_on_cpu
-
-        return triton_on_cpu()
+        return _interpreter()
 
     def check_time(self, seconds: float, done: str) -> None:
         """Raises OutOfTimeError if so many seconds are no longer left. done: what was measured so far."""
@@ -91,6 +89,17 @@ class Place:
         graph = _recorded(calls)
         repeats = max(round(WINDOW / max(_replayed(graph, 1), 1e-6)), 1)
         return statistics.median(_replayed(graph, repeats) for _ in range(REPEATS)) / len(calls)
+
+
+@contextmanager
+def _interpreter() -> Iterator[None]:
+    import pytest
+
+    from tests.interpreter import stand_in_for_a_gpu
+
+    with pytest.MonkeyPatch.context() as patches:
+        stand_in_for_a_gpu(patches)
+        yield
 
 
 def _recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

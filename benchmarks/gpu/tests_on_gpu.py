@@ -63,7 +63,7 @@ def functions_of_gpu() -> dict[str, list[str]]:
         names = [
             name
             for name, arguments in re.findall(r"^def (test_\w+)\(([^)]*)\)", text, re.MULTILINE)
-            if re.search(r"\b(device|cuda|sanitizer): ", arguments)
+            if "pytestmark = pytest.mark.gpu" in text or re.search(r"\b(device|cuda|sanitizer): ", arguments)
         ]
         if names:
             found[str(path.relative_to(ROOT))] = names

@@ -52,7 +52,8 @@ class Linear(nn.Module):
             self.shards, self.scheme, self.weight, self.scales, self.dtype, self.bias, batch_invariant=batch_invariant
         )
         self.weight = self.packed.weight
-        self.scales = None
+        if isinstance(self.packed, PackedWeight):
+            self.scales = None
 
     def keep(self, weight: torch.Tensor) -> None:
         """Read the weight from another place, which holds the same values. weight: [Σ rows, in_features]."""

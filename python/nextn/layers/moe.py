@@ -12,10 +12,11 @@ from nextn.config.model_config import ModelConfig
 from nextn.errors import QuantizationError
 from nextn.kernels import gpu
 from nextn.kernels.fused_moe import PackedExperts, StackedExperts, fused_moe, fused_moe_stacked, pack_experts
-from nextn.kernels.linear import PackedWeight, StoredWeight, pack_weight
-from nextn.kernels.router import route
+from nextn.kernels.linear import InputFormat, PackedWeight, Rows, pack_weight
+from nextn.kernels.router import MAX_TOKEN_TILES, route
+from nextn.layers.linear import Linear
 from nextn.layers.mlp import MLP
-from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, stored_scale, weight_slots
+from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, shard_scale, weight_slots
 from nextn.quantization.scheme import UNQUANTIZED, LinearScheme, QuantizationConfig
 
 
@@ -41,6 +42,7 @@ class MoE(nn.Module):
         self.packed_gate = PackedWeight(self.gate, self.gate.t(), None)
         self.packed: PackedExperts | StackedExperts = self._pack()
         self.batch_invariant = False
+        self.counters: torch.Tensor | None = None
 
     def weight_slots(self) -> Iterator[Slot]:
         yield f"{self.prefix}.gate.weight", self.gate
@@ -54,6 +56,7 @@ class MoE(nn.Module):
         self.batch_invariant = batch_invariant
         if gpu.suits(self.gate):
             self.packed = self._stack()
+            self.counters = torch.zeros(MAX_TOKEN_TILES, dtype=torch.int32, device=self.gate.device)
         else:
             self.packed_gate = pack_weight(self.gate)
             self.packed = self._pack()
@@ -68,17 +71,14 @@ class MoE(nn.Module):
 
     def _stack(self) -> StackedExperts:
         """The routed experts as stored; the shared one is one more of them, where it is of the same size and kind."""
-        stacked = self.experts.stacked()
-        shared = self.shared_experts
+        stacked, shared = self.experts.stacked(), self.shared_experts
         if shared is None:
             return stacked
-        gate_up, down = shared.gate_up_proj.packed, shared.down_proj.packed
-        assert isinstance(gate_up, StoredWeight), "the experts are stored too"
-        assert isinstance(down, StoredWeight), "the experts are stored too"
-        pairs = ((stacked.w13, stacked.w13_scale, gate_up), (stacked.w2, stacked.w2_scale, down))
-        if any(not _is_alike(weight, scale, stacked.block, one) for weight, scale, one in pairs):
+        linears = (shared.gate_up_proj, shared.down_proj)
+        pairs = list(zip(((stacked.w13, stacked.w13_scale), (stacked.w2, stacked.w2_scale)), linears, strict=True))
+        if not all(_is_alike(weight, scale, stacked.block, one) for (weight, scale), one in pairs):
             return stacked
-        (w13, w13_scale), (w2, w2_scale) = (_with_one_more(weight, scale, one) for weight, scale, one in pairs)
+        (w13, w13_scale), (w2, w2_scale) = (_with_one_more(weight, scale, one) for (weight, scale), one in pairs)
         self.experts.w13, self.experts.w2 = w13[:-1], w2[:-1]
         shared.gate_up_proj.keep(w13[-1])
         shared.down_proj.keep(w2[-1])
@@ -86,11 +86,21 @@ class MoE(nn.Module):
             w13, w13_scale, w2, w2_scale, stacked.block, num_routed=stacked.num_routed, has_shared=True
         )
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def input_format(self) -> InputFormat | None:
+        """How its input should come, beside wide; None for nothing else."""
+        packed = self.packed
+        if isinstance(packed, PackedExperts) or packed.w13_scale is None or not gpu.has_fp8_units(packed.w13.device):
+            return None
+        return InputFormat(None if packed.block is None else packed.block[1])
+
+    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x, residual: [T, H]. Returns [T, H], residual + moe(x)."""
         config = self.config
+        wide = x.wide if isinstance(x, Rows) else x
+        assert wide is not None, "the router reads its input wide"
         weights, ids = route(
-            x,
+            wide,
             self.packed_gate,
             self.e_score_correction_bias,
             top_k=config.num_experts_per_tok,
@@ -98,31 +108,35 @@ class MoE(nn.Module):
             topk_group=config.topk_group,
             norm_topk_prob=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
+            counters=self.counters,
+            batch_invariant=self.batch_invariant,
         )
         if isinstance(self.packed, PackedExperts):
-            return fused_moe(x, ids, weights, self.packed, residual)
+            return fused_moe(wide, ids, weights, self.packed, residual)
         if self.shared_experts is not None and not self.packed.has_shared:
             residual = self.shared_experts.forward(x, residual)
-        return fused_moe_stacked(x, ids, weights, self.packed, residual, batch_invariant=self.batch_invariant)
+        quantized = (x.q, x.scale) if isinstance(x, Rows) else None
+        return fused_moe_stacked(
+            wide, ids, weights, self.packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
+        )
 
 
-def _is_alike(
-    weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int] | None, one: StoredWeight
-) -> bool:
-    """Whether a weight could stand in a stack [E, N, K]."""
-    scale_shape = None if scale is None else scale.shape[1:]
+def _is_alike(weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int] | None, one: Linear) -> bool:
+    """Whether a linear could stand in a stack. weight: [E, N, K]; scale: [E, …] or None."""
+    found, found_block = shard_scale(one.shards, one.scheme, one.scales)
     return (
         (one.weight.shape, one.weight.dtype) == (weight.shape[1:], weight.dtype)
-        and (None if one.scale is None else one.scale.shape) == scale_shape
-        and one.block == block
-        and one.bias is None
+        and (found is None) == (scale is None)
+        and (found is None or scale is None or found.shape == scale.shape[1:])
+        and found_block == block
     )
 
 
 def _with_one_more(
-    weight: torch.Tensor, scale: torch.Tensor | None, one: StoredWeight
+    weight: torch.Tensor, scale: torch.Tensor | None, one: Linear
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    both = None if scale is None or one.scale is None else torch.cat([scale, one.scale[None]])
+    found, _ = shard_scale(one.shards, one.scheme, one.scales)
+    both = None if scale is None or found is None else torch.cat([scale, found[None]])
     return torch.cat([weight, one.weight[None]]), both
 
 
@@ -174,32 +188,24 @@ class Experts(nn.Module):
 
     def stacked(self) -> StackedExperts:
         """As they are stored, on a GPU."""
-        w13, w13_scale, w13_block = _stored(self.w13_shards, self.w13_scheme, self.w13, self.w13_scales)
-        w2, w2_scale, w2_block = _stored(self.w2_shards, self.w2_scheme, self.w2, self.w2_scales)
-        if w13_block != w2_block and w13_block is not None and w2_block is not None and w13_block[1] == w2_block[1]:
-            # One of them has a scale per row, because a shard begins inside another's block; so has then the other.
-            w13_scale, w2_scale = (
-                scale if scale is None or block[0] == 1 else scale.repeat_interleave(block[0], 1)[:, : weight.shape[1]]
-                for weight, scale, block in ((w13, w13_scale, w13_block), (w2, w2_scale, w2_block))
-            )
-            w13_block = w2_block = (1, w2_block[1])
+        w13_scale, w13_block = _stacked_scales(self.w13_shards, self.w13_scheme, self.w13_scales)
+        w2_scale, w2_block = _stacked_scales(self.w2_shards, self.w2_scheme, self.w2_scales)
         if (w13_scale is None, w13_block) != (w2_scale is None, w2_block):
             raise QuantizationError(
                 f"{self.w13_shards[0][0].name}: is {self.w13_scheme.kind} and {self.w2_shards[0][0].name} is "
                 f"{self.w2_scheme.kind}; expected one kind for a layer's experts on a GPU; quantize the two alike"
             )
-        return StackedExperts(
-            w13, w13_scale, w2, w2_scale, w13_block, num_routed=len(self.w13_shards), has_shared=False
-        )
+        num_routed = len(self.w13_shards)
+        return StackedExperts(self.w13, w13_scale, self.w2, w2_scale, w13_block, num_routed, has_shared=False)
 
 
-def _stored(
-    shards: ExpertShards, scheme: LinearScheme, weight: torch.Tensor, scales: list[ScaleStorage | None]
-) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int] | None]:
-    """weight: [E, rows, in_features]. Returns it with its scales stacked likewise, and the block of each scale."""
-    each = [stored_scale(of_one, scheme, scale) for of_one, scale in zip(shards, scales, strict=True)]
+def _stacked_scales(
+    shards: ExpertShards, scheme: LinearScheme, scales: list[ScaleStorage | None]
+) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
+    """Every expert's scales, stacked, and the block that each belongs to."""
+    each = [shard_scale(of_one, scheme, scale) for of_one, scale in zip(shards, scales, strict=True)]
     known = [scale for scale, _ in each if scale is not None]
-    return weight, torch.stack(known) if known else None, each[0][1]
+    return torch.stack(known) if known else None, each[0][1]
 
 
 def _scheme(quant_config: QuantizationConfig | None, shards: ExpertShards) -> LinearScheme:

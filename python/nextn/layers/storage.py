@@ -122,14 +122,22 @@ def stored_scale(
 
     Returns a scale per row [rows, 1], or per block [⌈rows / block_n⌉, ⌈in_features / block_k⌉]; None twice without.
     """
+    scale, block = shard_scale(shards, scheme, scales)
+    sizes = [shard.num_rows for shard in shards]
+    if scale is None or block is None or all(size % block[0] == 0 for size in sizes[:-1]):
+        return scale, block
+    return _by_row(scale, sizes, block[0]), (1, block[1])  # a shard begins inside another's block
+
+
+def shard_scale(
+    shards: Sequence[Shard], scheme: LinearScheme, scales: ScaleStorage | None
+) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
+    """As ``stored_scale``, with every shard's first block beginning where the shard does."""
     if scales is None:
         return None, None
-    scale, sizes = scales.weight_scale, [shard.num_rows for shard in shards]
-    if scheme.block is None:
-        return (_by_row(scale, sizes, 0) if scheme.kind == "fp8_tensor" else scale), None
-    if all(size % scheme.block[0] == 0 for size in sizes[:-1]):
-        return scale, scheme.block
-    return _by_row(scale, sizes, scheme.block[0]), (1, scheme.block[1])  # a shard begins inside another's block
+    if scheme.kind == "fp8_tensor":
+        return _by_row(scales.weight_scale, [shard.num_rows for shard in shards], 0), None
+    return scales.weight_scale, scheme.block
 
 
 def _by_row(scale: torch.Tensor, sizes: Sequence[int], block_rows: int) -> torch.Tensor:

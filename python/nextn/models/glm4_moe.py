@@ -53,8 +53,6 @@ class Glm4MoeDecoderLayer(nn.Module):
         if batch.output_rows is not None:
             x = x.index_select(0, batch.output_rows)
         x = self.self_attn.forward(normed, rotation, batch, kv_cache, residual=x)
-        if isinstance(self.mlp, MoE):  # the router reads its input wide
-            return self.mlp.forward(self.post_attention_layernorm.forward(x), residual=x)
         return self.mlp.forward(self.post_attention_layernorm.forward_for(x, self.mlp.input_format), residual=x)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:

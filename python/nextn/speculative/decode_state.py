@@ -15,8 +15,8 @@ from nextn.kernels.penalties import LogitRules, count_tokens
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
 
-MAX_BIASES = 512
-MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_STOP_IDS = 160
 """What there is memory for per slot; sequences that ask for more are not decoded this way."""
 
 

@@ -1,13 +1,11 @@
-"""Triton's interpreter with the rounding of the hardware, and CPU tensors that go to it. Needs TRITON_INTERPRET=1."""
+"""Triton's interpreter on the CPU, made to round as the hardware does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from nextn.kernels import gpu
 
@@ -20,24 +18,17 @@ _DTYPES = {
 }
 
 
-@contextmanager
-def triton_on_cpu() -> Iterator[None]:
-    """The public functions give CPU tensors to Triton, as those of a card like an H100."""
+def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, tensors on the CPU go to Triton's kernels, which its interpreter runs."""
     from triton.runtime import interpreter
 
-    of_card = {
-        "suits": lambda *tensors: True,
-        "has_fp8_units": lambda device: True,
-        "has_descriptors": lambda device: True,
-        "num_processors": lambda device: 132,
-        "shared_memory": lambda device: 227 * 1024,
-    }
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(interpreter, "_convert_float", _convert_as_the_hardware))
-        patches.enter_context(mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware))
-        for name, function in of_card.items():
-            patches.enter_context(mock.patch.object(gpu, name, function))
-        yield
+    monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
+    monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
+    monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
+    monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
 
 
 def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:

@@ -1,0 +1,116 @@
+"""The model and the engine as they are on a GPU: weights as stored, every kernel in Triton, decode steps on the device.
+
+Without a GPU Triton's interpreter runs the kernels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from nextn.checkpoint.loader import LoadedModel, load_model
+from nextn.config.engine_config import EngineConfig
+from nextn.execution.engine import Engine
+from nextn.execution.memory import make_kv_cache
+from nextn.kernels import gpu
+from nextn.kernels.linear import StoredWeight
+from nextn.layers.batch import make_extend_batch
+
+from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
+from tests.conftest import request, run_all
+
+pytestmark = pytest.mark.gpu
+
+CPU = torch.device("cpu")
+CONFIG = tiny_config(
+    vocab_size=40,
+    max_position_embeddings=256,
+    moe_intermediate_size=32,
+    intermediate_size=96,
+    n_routed_experts=3,
+    num_experts_per_tok=3,  # an expert chosen by a hair would differ from run to run
+)
+QUANTS: list[Quant] = ["none", "channel", "tensor", "block", "ct_block"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {quant: write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant) for quant in QUANTS}
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    return load_model(EngineConfig(model_path=str(folder)), device=device, dtype=dtype, want_draft=True)
+
+
+def _logits(loaded: LoadedModel, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two sequences' tokens, by the target and by the draft, in float32 on the CPU."""
+    target, draft = loaded.target, loaded.draft
+    assert draft is not None
+    kv_cache = make_kv_cache(
+        loaded.model_config, num_layers=4, num_pages=12, page_size=8, dtype=target.dtype, device=device
+    )
+    spans, tables = [(0, 21), (0, 5)], [[3, 1, 7], [5]]
+    ids = torch.arange(26, device=device) * 7 % 40
+    batch = make_extend_batch(spans, tables, 8, device)
+    hidden = target.forward(ids, batch, kv_cache)
+    draft_batch = make_extend_batch(spans, tables, 8, device, first_key=0)
+    drafted = draft.forward(ids.roll(-1), hidden, draft_batch, kv_cache)
+    return target.compute_logits(hidden).cpu(), draft.compute_logits(drafted).cpu()
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of most rows; a few differ more, where an expert was chosen by a hair."""
+    return float(((got - expected).norm(dim=1) / expected.norm(dim=1)).median())
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_logits_are_those_of_torch_and_of_the_cpu(
+    folders: dict[str, Path], quant: Quant, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's functions over the same weights only bfloat16's roundings differ; the CPU has wide activations."""
+    exact = _logits(_load(folders[quant], CPU, torch.float32), CPU)
+    device = request.getfixturevalue("device")
+    loaded = _load(folders[quant], device, torch.bfloat16)
+    linear = loaded.target.layers[1].self_attn.qkv_proj.packed
+    assert isinstance(linear, StoredWeight)
+    assert (linear.weight.dtype == torch.float8_e4m3fn) == (quant != "none")
+    found = _logits(loaded, device)
+    monkeypatch.setattr(gpu, "suits", lambda *tensors: False)
+    for got, by_torch, expected in zip(found, _logits(loaded, device), exact, strict=True):
+        assert _error(got, by_torch) < 0.03
+        assert _error(got, expected) < (0.03 if quant == "none" else 0.2)
+
+
+def test_a_dropped_scale_would_show(folders: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    exact = _logits(_load(folders["channel"], CPU, torch.float32), CPU)
+
+    def spoil(state: State) -> None:
+        state["model.layers.1.mlp.experts.2.down_proj.weight_scale"][:] = 1.0
+
+    spoilt = write_checkpoint(tmp_path, CONFIG, quant="channel", mutate=spoil)
+    device = request.getfixturevalue("device")
+    got, _ = _logits(_load(spoilt, device, torch.bfloat16), device)
+    assert _error(got, exact[0]) > 0.3
+
+
+def _engine(folder: Path, **options: object) -> Engine:
+    defaults = {"dtype": "bfloat16", "decode_on_device": True, "max_running_requests": 4, "canary": "off"}
+    return Engine(EngineConfig(model_path=str(folder), **{**defaults, **options}))  # type: ignore[arg-type]
+
+
+PROMPTS = [[3, 9, 1, 22, 7], [5] * 19, [30, 2]]
+
+
+@pytest.mark.parametrize("quant", ["channel", "block", "none"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
+def test_without_dependence_on_the_batch_drafts_change_nothing(
+    folders: dict[str, Path], quant: Quant, kv_cache_dtype: str, device: torch.device
+) -> None:
+    requests = [request(str(i), prompt, max_new_tokens=6) for i, prompt in enumerate(PROMPTS)]
+    options = {"batch_invariant": True, "kv_cache_dtype": kv_cache_dtype}
+    alone = _engine(folders[quant], num_draft_steps=0, **options)
+    expected = {rid: tokens for one in requests for rid, tokens in run_all(alone, [one]).items()}
+    drafting = _engine(folders[quant], num_draft_steps=2, **options)
+    assert run_all(drafting, requests) == expected
+    assert drafting.stats().num_verify_passes > 0
