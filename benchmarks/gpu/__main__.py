@@ -30,8 +30,9 @@ from benchmarks.gpu.row import Failure, Machine, Outcome, Row
 
 SECTIONS = {
     "machine": 15,
-    "tests": 130,
-    "model": 185,
+    "tests": 120,
+    "compiling": 45,
+    "model": 150,
     "moe": 40,
     "attention": 35,
     "matmul": 55,

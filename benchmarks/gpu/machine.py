@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from nextn.kernels import gpu
 
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.row import Failure, Machine, Outcome
@@ -14,19 +16,25 @@ from benchmarks.gpu.row import Failure, Machine, Outcome
 
 def measure(place: Place) -> Iterator[Outcome]:
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {_triton_version()}"
+    of_card: dict[str, Any] = {}
     if place.is_rehearsal:
         card, driver, memory = f"rehearsal on a {platform.machine()} CPU", "none", 0
     else:
         properties = torch.cuda.get_device_properties(place.device)
         card, memory = properties.name, properties.total_memory
         driver = _driver()
+        of_card = {
+            "capability": (properties.major, properties.minor),
+            "processors": gpu.num_processors(place.device),
+            "shared_memory": gpu.shared_memory(place.device),
+        }
     bandwidth = _copy_bandwidth(place)
     try:
         flops = _fp8_flops(place)
     except Exception as error:  # a card without FP8 units
         flops = None
         yield Failure("FP8 product of torch", f"{type(error).__name__}: {error}")
-    yield Machine(card, driver, versions, memory, bandwidth, flops)
+    yield Machine(card, driver, versions, memory, bandwidth, flops, **of_card)
 
 
 def _copy_bandwidth(place: Place) -> float:

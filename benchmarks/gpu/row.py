@@ -60,6 +60,7 @@ class Machine:
     """The card, what runs on it, and its measured limits.
 
     copy_bandwidth: bytes read and written per second; fp8_flops: of a large dense product; None where unknown
+    capability: compute capability; processors: its number; shared_memory: bytes a program can have
     """
 
     card: str
@@ -68,6 +69,9 @@ class Machine:
     memory: int
     copy_bandwidth: float | None
     fp8_flops: float | None
+    capability: tuple[int, int] = (9, 0)
+    processors: int = 132
+    shared_memory: int = 227 << 10
 
 
 Outcome = Row | Failure | Machine
