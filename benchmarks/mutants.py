@@ -19,6 +19,8 @@ from nextn.checkpoint import loader
 from nextn.checkpoint.layout import ExpectedTensor, Layout
 from nextn.checkpoint.plan import DraftPlan
 from nextn.demo import checkpoint_dir
+from nextn.distributed.parallel import TensorParallel
+from nextn.layers.storage import WHOLE, Part
 from nextn.models import glm4_moe_nextn
 from nextn.models.glm4_moe import Glm4MoeDecoderLayer, Glm4MoeForCausalLM
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
@@ -110,8 +112,8 @@ def _rename_ignored(config: dict[str, Any]) -> None:
 def _shuffle_scales() -> None:
     fill, read = loader._fill, loader._read
 
-    def shuffled(tensor: ExpectedTensor, reader: loader.TensorReader) -> torch.Tensor:
-        found = read(tensor, reader)
+    def shuffled(tensor: ExpectedTensor, reader: loader.TensorReader, part: Part = WHOLE) -> torch.Tensor:
+        found = read(tensor, reader, part)
         return found.roll(1, 0) if tensor.role == "scale" else found
 
     def fill_draft(model: loader.Model, *args: Any) -> None:
@@ -125,7 +127,9 @@ def drop_draft_quantization() -> None:
     """The draft's constructor loses the detected config: plain linears, FP8 codes as numbers, no scale is read."""
     fill = loader._fill
 
-    def build_draft(plan: DraftPlan, target: Glm4MoeForCausalLM, dtype: torch.dtype) -> Glm4MoeForCausalLMNextN:
+    def build_draft(
+        plan: DraftPlan, target: Glm4MoeForCausalLM, dtype: torch.dtype, tp: TensorParallel
+    ) -> Glm4MoeForCausalLMNextN:
         return Glm4MoeForCausalLMNextN(
             plan.config,
             None,
@@ -139,7 +143,7 @@ def drop_draft_quantization() -> None:
         if not isinstance(model, Glm4MoeForCausalLMNextN):
             return fill(model, index, layout, seed)
         with index.reader() as read:
-            for name, view in model.weight_slots():
+            for name, view, _ in model.weight_slots():
                 view.copy_(read(name).view(view.shape))
 
     loader._build_draft = build_draft

@@ -19,6 +19,10 @@ class QuantizationError(CheckpointError):
     """The quantization a checkpoint declares, contains or is asked for cannot be honoured."""
 
 
+class PeerLost(NextnError):
+    """Another rank of the group is gone or does not answer."""
+
+
 class RequestError(NextnError):
     """A request cannot be served as asked.
 

@@ -1,5 +1,6 @@
 """``python -m nextn.launch_server``: from arguments to a running server, and back to an exit code.
 
+With several ranks, each is a process beside the server; a node that is not the first runs its ranks alone.
 Exit codes: 0 after SIGINT or SIGTERM, 1 when the server cannot start or its engine fails, 2 for wrong arguments.
 Heavy imports are inside functions: the engine process imports this module too, and needs none of them.
 """
@@ -7,21 +8,20 @@ Heavy imports are inside functions: the engine process imports this module too, 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from multiprocessing.context import SpawnProcess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nextn.config.engine_config import EngineConfig
 from nextn.errors import ConfigError, NextnError
+from nextn.execution.ranks import EngineEntry, RankProcesses, places_of_node
 
 if TYPE_CHECKING:
     from nextn.config.server_args import ServerArgs
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nextn.launch_server")
 
 ENGINE_EXIT_TIMEOUT = 5.0
-"""Seconds for the engine process to leave after it was told to, before it is killed."""
+"""Seconds for the engine's processes to leave after they were told to, before they are killed."""
 
-EngineEntry = Callable[[EngineConfig, str, int, int | None, str], None]
+NODE_POLL_INTERVAL = 0.1
 
 
 class Stopped(Exception):
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise_stopped)
     try:
+        if args.node_rank > 0:
+            return _follow(args)
         with listen(args.host, args.port) as listener:
             return _run(args, listener, engine_entry)
     except NextnError as error:
@@ -66,26 +68,43 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
 
 
 def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | None) -> int:
-    """Start the engine process, serve around it, and leave neither it nor its socket directory behind."""
+    """Start the engine's processes, serve around them, and leave neither them nor their socket directory behind."""
     from nextn.protocol.channel import ServerEnd, private_socket_dir
 
     model_path = resolve_model(args.model_path)
     socket_dir = private_socket_dir()
     end = ServerEnd(socket_dir)  # bound before the engine starts, so that even its last words arrive
-    engine: SpawnProcess | None = None
+    engine: RankProcesses | None = None
     grace = 0.0
     try:
-        engine = _spawn(engine_entry, args, model_path, socket_dir)
+        engine = _spawn(args, model_path, socket_dir, engine_entry)
         reason, is_engine_well = _serve(args, model_path, end, listener, engine)
         grace = ENGINE_EXIT_TIMEOUT if is_engine_well else 0.0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        if engine is not None:
-            _end(engine, grace)
+        if engine is not None and not engine.end(grace) and grace:
+            logger.warning("the engine did not leave within %g s and was killed", grace)
         end.close()
         shutil.rmtree(socket_dir, ignore_errors=True)
     return 0 if reason is None else _complain(reason, 1)
+
+
+def _follow(args: ServerArgs) -> int:
+    """Run the ranks of a node that is not the first, until they end or one of them fails."""
+    model_path = resolve_model(args.model_path)
+    ranks = _spawn(args, model_path, None)
+    try:
+        while not ranks.have_ended_well:
+            time.sleep(NODE_POLL_INTERVAL)
+            if ranks.why_ended(well=False) is not None:
+                time.sleep(NODE_POLL_INTERVAL)  # the rank that took others with it may be the last to be gone
+                return _complain(ranks.why_ended(well=False) or "a rank ended", 1)
+        return 0
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        ranks.end(0)
 
 
 def resolve_model(model_path: str | None) -> str:
@@ -99,38 +118,33 @@ def resolve_model(model_path: str | None) -> str:
     return str(resolve(model_path))
 
 
-def _spawn(entry: EngineEntry | None, args: ServerArgs, model_path: str, socket_dir: Path) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(
-        target=_engine_main,
-        args=(entry, args.engine_config(model_path), str(socket_dir), os.getpid(), args.num_threads, args.log_level),
-        name="nextn-engine",
-        daemon=True,
+def _spawn(
+    args: ServerArgs, model_path: str, socket_dir: Path | None, engine_entry: EngineEntry | None = None
+) -> RankProcesses:
+    """The processes of this node's ranks. socket_dir: where rank 0 meets the server; None on other nodes"""
+    rendezvous = f"tcp://{args.dist_init_addr}" if args.dist_init_addr else f"file://{socket_dir}/rendezvous"
+    places = places_of_node(
+        args.tp_size,
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        rendezvous=rendezvous,
+        timeout=max(args.startup_timeout, args.watchdog_timeout),
     )
-    process.start()
-    logger.info("engine process started pid=%d model=%s", process.pid, model_path)
-    return process
-
-
-def _engine_main(
-    entry: EngineEntry | None,
-    engine_config: EngineConfig,
-    socket_dir: str,
-    parent_pid: int,
-    num_threads: int | None,
-    log_level: str,
-) -> None:
-    """The engine process. Signals that reach the whole process group are the server's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if entry is None:
-        from nextn.execution.engine_process import run_engine
-
-        entry = run_engine
-    entry(engine_config, socket_dir, parent_pid, num_threads, log_level)
+    processes = RankProcesses(
+        places,
+        args.engine_config(model_path),
+        socket_dir=None if socket_dir is None else str(socket_dir),
+        num_threads=args.num_threads,
+        log_level=args.log_level,
+        engine_entry=engine_entry,
+    )
+    for place, pid in zip(places, processes.pids, strict=True):
+        logger.info("engine process started rank=%d pid=%d model=%s", place.rank, pid, model_path)
+    return processes
 
 
 def _serve(
-    args: ServerArgs, model_path: str, end: ServerEnd, listener: socket.socket, engine: SpawnProcess
+    args: ServerArgs, model_path: str, end: ServerEnd, listener: socket.socket, engine: RankProcesses
 ) -> tuple[str | None, bool]:
     """Serve until asked to stop (None) or until the engine fails (the reason); also: does the engine still listen?"""
     import asyncio
@@ -178,7 +192,7 @@ def _serve(
             startup_timeout=args.startup_timeout,
             shutdown_timeout=args.shutdown_timeout,
             watchdog_timeout=args.watchdog_timeout,
-            engine_exit_code=lambda: engine.exitcode,
+            why_engine_ended=engine.why_ended,
             announce=announce,
         )
         reason = await serve(create_app(services), client, listener, watch)
@@ -186,16 +200,6 @@ def _serve(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
-
-
-def _end(engine: SpawnProcess, timeout: float) -> None:
-    """Give the engine ``timeout`` seconds to leave, then kill it."""
-    engine.join(timeout)
-    if engine.exitcode is None:
-        if timeout:
-            logger.warning("the engine did not leave within %g s; killing it", timeout)
-        engine.kill()
-        engine.join()
 
 
 def _url(host: str, port: int) -> str:

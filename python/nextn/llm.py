@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 from nextn import demo
 from nextn.checkpoint.hub import resolve_model
 from nextn.config.server_args import ServerArgs
-from nextn.errors import RequestError
+from nextn.errors import ConfigError, RequestError
 from nextn.execution.engine import Engine
+from nextn.execution.ranks_beside import RanksBeside
 from nextn.execution.threads import set_num_threads
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep, TokenLogprobs, first_steps
 from nextn.protocol.sampling import TokenSampling
@@ -91,14 +93,23 @@ class LLM:
     """A model in this process.
 
     model_path: a folder or hub name; None is the embedded model
-    options: any field of ServerArgs that concerns the engine, such as ``speculative_num_steps=0``
+    options: any field of ServerArgs that concerns the engine, such as ``speculative_num_steps=0``. With ``tp_size`` the
+        other ranks are processes beside this one; they import the main script again, so that it needs the usual
+        ``if __name__ == "__main__":``. A process can have one such LLM at a time.
     """
 
     def __init__(self, model_path: str | None = None, **options: Any) -> None:
         args = ServerArgs(model_path=model_path, **options)
+        if args.nnodes > 1:
+            raise ConfigError(f"nnodes: found {args.nnodes}, expected 1; several nodes serve with launch_server")
         config = args.engine_config(str(demo.checkpoint_dir() if model_path is None else resolve_model(model_path)))
-        set_num_threads(config.model_path, args.num_threads)
-        self.engine = Engine(config)
+        set_num_threads(config.model_path, args.num_threads, args.tp_size)
+        self._ranks: RanksBeside | None = None
+        if args.tp_size > 1:
+            self._ranks = RanksBeside(config, args.tp_size, args.num_threads, args.log_level)
+            self.engine = self._ranks.start_engine(config)
+        else:
+            self.engine = Engine(config)
         self.tokenizer = Tokenizer(args.tokenizer_path or config.model_path, args.chat_template)
         self._seeds = random.Random(args.random_seed)
         self._rids = itertools.count()
@@ -142,6 +153,17 @@ class LLM:
         )
         return self.generate([self.tokenizer.encode(prompt, add_special_tokens=False)], sampling_params)[0]
 
+    def close(self) -> None:
+        """End the other ranks, if there are any; nothing can be generated afterwards. The process's end does it too."""
+        if self._ranks is not None:
+            self._ranks.close(self.engine)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     @property
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -162,14 +184,19 @@ class LLM:
     def _run(self, pending: dict[str, _Pending]) -> None:
         while self.engine.has_work:
             self._step(pending)
-        while self.engine.has_background_work:
-            self.engine.work_in_background()
+        with self._naming_losses():
+            while self.engine.has_background_work:
+                self.engine.work_in_background()
+
+    def _naming_losses(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.naming_losses()
 
     def _step(self, pending: dict[str, _Pending]) -> None:
-        for output in self.engine.step():
-            if pending[output.rid].push(output):
-                self.engine.abort(output.rid)
-        self.engine.work_in_background()
+        with self._naming_losses():
+            for output in self.engine.step():
+                if pending[output.rid].push(output):
+                    self.engine.abort(output.rid)
+            self.engine.work_in_background()
 
 
 class _Pending:

@@ -43,7 +43,7 @@ def test_layout_and_model_agree_on_every_name_and_shape(shape: str, quant: Quant
         has_own_embedding=plan.draft.has_own_embedding,
     )
     for model, layout in ((target, plan.layout), (draft, plan.draft.layout)):
-        slots = {name: tuple(view.shape) for name, view in model.weight_slots()}
+        slots = {name: tuple(view.shape) for name, view, _ in model.weight_slots()}
         expected = {tensor.name: tensor.shape or (1,) for tensor in layout.tensors()}
         assert slots == expected
 

@@ -304,8 +304,15 @@ OTHER: dict[str, Any] = {
     "mem_fraction_static": 0.5,
     "stream_interval": 2,
     "port": 7,
+    "dist_init_addr": "first:7",
 }
 """Values that are allowed and not the default, where one cannot be made up from the option alone."""
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "nnodes": {"tp_size": 2, "dist_init_addr": "first:7"},
+    "node_rank": {"tp_size": 2, "nnodes": 2, "dist_init_addr": "first:7"},
+}
+"""Fields that a field does not go without."""
 
 
 @pytest.mark.parametrize("field", fields(ServerArgs), ids=lambda field: field.name)
@@ -317,11 +324,33 @@ def test_every_field_is_a_flag_a_variable_and_a_key(field: Field[Any], tmp_path:
         value += 1
     text = str(value).lower() if option.kind is bool else str(value)
     switch = flag_of(name if value is True else f"no_{name}")
-    expected = ServerArgs(**{name: value})
+    beside = BESIDE.get(name, {})
+    environ = {f"NEXTN_{other.upper()}": str(of_other) for other, of_other in beside.items()}
+    expected = ServerArgs(**{name: value, **beside})
     assert getattr(expected, name) == value != field.default
-    assert from_cli(*([switch] if option.kind is bool else [flag_of(name), text])) == expected
-    assert from_cli(**{f"NEXTN_{name.upper()}": text}) == expected
-    assert from_yaml(tmp_path, f"{name}: {text}") == expected
+    assert from_cli(*([switch] if option.kind is bool else [flag_of(name), text]), **environ) == expected
+    assert from_cli(**{f"NEXTN_{name.upper()}": text}, **environ) == expected
+    assert from_yaml(tmp_path, f"{name}: {text}", **environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tp-size 3 --nnodes 2 --dist-init-addr a:1", "--tp-size: found 3, expected a multiple of --nnodes 2"),
+        ("--tp-size 2 --nnodes 2 --node-rank 2 --dist-init-addr a:1", "--node-rank: found 2, expected less than"),
+        ("--node-rank 1", "--node-rank: found 1, expected less than --nnodes 1"),
+        ("--tp-size 2 --nnodes 2", "--dist-init-addr: found nothing, expected HOST:PORT of node 0"),
+        ("--dist-init-addr a", "--dist-init-addr: found 'a', expected HOST:PORT"),
+        ("--dist-init-addr :1", "--dist-init-addr: found ':1', expected HOST:PORT"),
+        ("--dist-init-addr a:0", "--dist-init-addr: found 'a:0', expected HOST:PORT"),
+        ("--dist-init-addr a:66666", "--dist-init-addr: found 'a:66666', expected HOST:PORT"),
+        ("--tp-size 0", "--tp-size: found '0', expected a whole number at least 1"),
+    ],
+)
+def test_nodes_that_do_not_fit_together_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        from_cli(*flags.split())
+    assert str(refusal.value).startswith(message)
 
 
 def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,12 +231,14 @@ def test_a_quantized_eh_proj_is_served_and_pointed_at(tmp_path: Path) -> None:
 
 
 def test_blocks_cut_by_tensor_parallelism_are_named(tmp_path: Path) -> None:
-    """Blocks of 16: 80 / 2 = 40, 24 / 2 = 12."""
+    """Blocks of 16: 80 is five of them, 24 one and a half."""
     found = examined(write_checkpoint(tmp_path, tiny_config(num_nextn_predict_layers=1), quant="block"))
     by_size = {one.tp_size: one for one in found.memory}
-    assert by_size[1].misaligned == ()
-    assert any("80/2 = 40 is no multiple of 16 (mlp.gate_up_proj, mlp.down_proj)" in m for m in by_size[2].misaligned)
-    assert any("24/2 = 12 is no multiple of 16 (experts.w13, experts.w2" in m for m in by_size[2].misaligned)
+    assert by_size[1].uneven == ()
+    assert "80/2 in blocks of 16 is 32 to 48 (mlp.gate_up_proj, mlp.down_proj)" in by_size[2].uneven
+    assert any("24/2 in blocks of 16 is 8 to 16 (experts.w13, experts.w2" in text for text in by_size[2].uneven)
+    assert by_size[4].why_not is not None
+    assert "24 has 2 pieces of 16 (experts.w13, experts.w2" in by_size[4].why_not
     assert by_size[8].why_not == "4 heads do not divide by 8"
     assert "blocks cut by tensor parallelism" in {pitfall.name for pitfall in found.pitfalls}
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 CONFIG = tiny_config(
     vocab_size=40,
+    num_hidden_layers=2,
     max_position_embeddings=256,
     moe_intermediate_size=32,
     intermediate_size=96,
@@ -48,7 +49,7 @@ def _logits(loaded: LoadedModel, device: torch.device) -> tuple[torch.Tensor, to
     target, draft = loaded.target, loaded.draft
     assert draft is not None
     kv_cache = make_kv_cache(
-        loaded.model_config, num_layers=4, num_pages=12, page_size=8, dtype=target.dtype, device=device
+        loaded.model_config, num_layers=3, num_pages=12, page_size=8, dtype=target.dtype, device=device
     )
     spans, tables = [(0, 21), (0, 5)], [[3, 1, 7], [5]]
     ids = torch.arange(26, device=device) * 7 % 40
@@ -65,21 +66,16 @@ def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_logits_are_those_of_torch_and_of_the_cpu(
-    folders: dict[str, Path], quant: Quant, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With torch's functions over the same weights only bfloat16's roundings differ; the CPU has wide activations."""
+def test_logits_are_those_of_the_cpu(folders: dict[str, Path], quant: Quant, request: pytest.FixtureRequest) -> None:
+    """bfloat16 has 8 bits and FP8 activations have 4, which these three narrow layers hardly average out."""
     exact = _logits(_load(folders[quant], CPU, torch.float32), CPU)
     device = request.getfixturevalue("device")
     loaded = _load(folders[quant], device, torch.bfloat16)
     linear = loaded.target.layers[1].self_attn.qkv_proj.packed
     assert isinstance(linear, StoredWeight)
     assert (linear.weight.dtype == torch.float8_e4m3fn) == (quant != "none")
-    found = _logits(loaded, device)
-    monkeypatch.setattr(gpu, "suits", lambda *tensors: False)
-    for got, by_torch, expected in zip(found, _logits(loaded, device), exact, strict=True):
-        assert _error(got, by_torch) < 0.03
-        assert _error(got, expected) < (0.03 if quant == "none" else 0.2)
+    for got, expected in zip(_logits(loaded, device), exact, strict=True):
+        assert _error(got, expected) < (0.02 if quant == "none" else 0.12)
 
 
 def test_a_dropped_scale_would_show(folders: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -95,19 +91,25 @@ def test_a_dropped_scale_would_show(folders: dict[str, Path], tmp_path: Path, re
 
 
 def _engine(folder: Path, **options: object) -> Engine:
-    defaults = {"dtype": "bfloat16", "decode_on_device": True, "max_running_requests": 4, "canary": "off"}
-    return Engine(EngineConfig(model_path=str(folder), **{**defaults, **options}))  # type: ignore[arg-type]
+    defaults = {
+        "dtype": "bfloat16",
+        "decode_on_device": True,
+        "max_running_requests": 4,
+        "canary": "off",
+        "page_size": 4,
+    }
+    return Engine(EngineConfig(model_path=str(folder), canary="off", **{**defaults, **options}))  # type: ignore[arg-type]
 
 
-PROMPTS = [[3, 9, 1, 22, 7], [5] * 19, [30, 2]]
+PROMPTS = [[3, 9, 1, 22, 7, 7], [30, 2]]
 
 
-@pytest.mark.parametrize("quant", ["channel", "block", "none"])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
+@pytest.mark.parametrize(("quant", "kv_cache_dtype"), [("channel", "fp8_e4m3"), ("block", "auto")])
 def test_without_dependence_on_the_batch_drafts_change_nothing(
-    folders: dict[str, Path], quant: Quant, kv_cache_dtype: str, device: torch.device
+    folders: dict[str, Path], quant: Quant, kv_cache_dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = [request(str(i), prompt, max_new_tokens=6) for i, prompt in enumerate(PROMPTS)]
+    monkeypatch.setattr(gpu, "num_processors", lambda device: 2)  # fewer programs to interpret
+    requests = [request(str(i), prompt, max_new_tokens=4) for i, prompt in enumerate(PROMPTS)]
     options = {"batch_invariant": True, "kv_cache_dtype": kv_cache_dtype}
     alone = _engine(folders[quant], num_draft_steps=0, **options)
     expected = {rid: tokens for one in requests for rid, tokens in run_all(alone, [one]).items()}

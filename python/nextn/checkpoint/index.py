@@ -25,7 +25,9 @@ MAX_OPEN_FILES = 2
 
 
 class TensorReader(Protocol):
-    def __call__(self, name: str) -> torch.Tensor: ...
+    """Reads a tensor, or some of its rows and columns (None: all)."""
+
+    def __call__(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class CheckpointIndex:
 
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
-        """A function that reads one tensor by name, and nothing else.
+        """A function that reads one tensor, or a part, and nothing else.
 
         Never more than MAX_OPEN_FILES are mapped into memory, the latest used; ask for tensors file by file.
         """
@@ -90,10 +92,15 @@ class CheckpointIndex:
             handles[file] = handles.pop(file)  # now the latest
             return handles[file][0]
 
-        def read(name: str) -> torch.Tensor:
+        def read(name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
             info = self.tensors[name]
             try:
-                tensor: torch.Tensor = handle_of(info.file).get_tensor(name)
+                file = handle_of(info.file)
+                tensor: torch.Tensor = (
+                    file.get_tensor(name)
+                    if rows is None and columns is None
+                    else file.get_slice(name)[tuple(map(_slice, (rows, columns)))[: len(info.shape)]]
+                )
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
             return tensor
@@ -103,6 +110,10 @@ class CheckpointIndex:
         finally:
             for _, stack in handles.values():
                 stack.close()
+
+
+def _slice(part: range | None) -> slice:
+    return slice(None) if part is None else slice(part.start, part.stop)
 
 
 def _read_index(folder: Path) -> dict[str, str]:

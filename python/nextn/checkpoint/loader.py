@@ -17,8 +17,10 @@ from nextn.checkpoint.report import LoadReport
 from nextn.checkpoint.values import check_scale
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.fp8_matmul import dequantize
 from nextn.layers.prepare import prepare_weights
+from nextn.layers.storage import WHOLE, Part
 from nextn.models.glm4_moe import Glm4MoeForCausalLM
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
 
@@ -39,9 +41,14 @@ class LoadedModel:
 
 
 def load_model(
-    engine_config: EngineConfig, *, device: torch.device, dtype: torch.dtype, want_draft: bool | None
+    engine_config: EngineConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    want_draft: bool | None,
+    tp: TensorParallel = SINGLE,
 ) -> LoadedModel:
-    """Load what the engine serves.
+    """Load what the engine serves, or this rank's part of it. What is checked and reported is the whole.
 
     dtype: computing type; on a CPU weights are expanded to it, on a GPU they stay as they are stored
     want_draft: True loads the NextN layer or stops, False leaves it out, None loads it where config.json names one
@@ -52,8 +59,8 @@ def load_model(
         logger.warning("%s", warning)
     check_values(plan)
     with device:
-        target = Glm4MoeForCausalLM(plan.source.config, plan.quantization, dtype=dtype)
-        draft = _build_draft(plan.draft, target, dtype) if plan.draft is not None else None
+        target = Glm4MoeForCausalLM(plan.source.config, plan.quantization, dtype=dtype, tp=tp)
+        draft = _build_draft(plan.draft, target, dtype, tp) if plan.draft is not None else None
     _fill(target, plan.source.index, plan.layout, engine_config.random_seed)
     if plan.draft is not None and draft is not None:
         _fill(draft, plan.draft.source.index, plan.draft.layout, engine_config.random_seed)
@@ -63,7 +70,9 @@ def load_model(
     return LoadedModel(plan.source.config, target, draft, plan.report)
 
 
-def _build_draft(plan: DraftPlan, target: Glm4MoeForCausalLM, dtype: torch.dtype) -> Glm4MoeForCausalLMNextN:
+def _build_draft(
+    plan: DraftPlan, target: Glm4MoeForCausalLM, dtype: torch.dtype, tp: TensorParallel
+) -> Glm4MoeForCausalLMNextN:
     return Glm4MoeForCausalLMNextN(
         plan.config,
         plan.decision.config,
@@ -71,6 +80,7 @@ def _build_draft(plan: DraftPlan, target: Glm4MoeForCausalLM, dtype: torch.dtype
         dtype=dtype,
         has_own_head=plan.has_own_head,
         has_own_embedding=plan.has_own_embedding,
+        tp=tp,
     )
 
 
@@ -81,16 +91,16 @@ def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int
         return
     expected = {tensor.name: tensor for tensor in layout.tensors()}
     unwritten = dict(expected)
-    slots = sorted(model.weight_slots(), key=lambda slot: index.tensors[slot[0]].file.name)  # one file after another
-    num_bytes = sum(view.nbytes for _, view in slots)
+    slots = sorted(model.weight_slots(), key=lambda slot: index.tensors[slot.name].file.name)  # one file after another
+    num_bytes = sum(slot.view.nbytes for slot in slots)
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="loading", disable=num_bytes < PROGRESS_BYTES)
     with index.reader() as read, bar:
-        for name, view in slots:
+        for name, view, part in slots:
             tensor = unwritten.pop(name)
             if tensor.scheme.is_quantized and tensor.role == "weight" and view.dtype != torch.float8_e4m3fn:
-                view.copy_(_dequantized(tensor, expected, unwritten, read))
+                view.copy_(part.of(_dequantized(tensor, expected, unwritten, read)))
             else:
-                view.copy_(_read(tensor, read).view(view.shape))
+                view.copy_(_read(tensor, read, part).view(view.shape))
             bar.update(view.nbytes)
     assert not unwritten, f"the model has no slot for {next(iter(unwritten))}"
 
@@ -109,9 +119,9 @@ def _dequantized(
     return dequantize(_read(tensor, read), scale if scale.dim() == 2 else scale.view(-1, 1), tensor.scheme.block)
 
 
-def _read(tensor: ExpectedTensor, read: TensorReader) -> torch.Tensor:
-    """The tensor as stored. Raises CheckpointError if it is a scale that cannot scale."""
-    found = read(tensor.name)
+def _read(tensor: ExpectedTensor, read: TensorReader, part: Part = WHOLE) -> torch.Tensor:
+    """The tensor, or a part of it, as stored. Raises CheckpointError if it is a scale that cannot scale."""
+    found = read(tensor.name, part.rows, part.columns)
     if tensor.role in SCALES:
         check_scale(tensor.name, found.float().numpy())
     return found

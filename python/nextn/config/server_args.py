@@ -32,6 +32,7 @@ def _option(
 
 
 _MODEL, _SCHEDULE, _SPECULATION = "model", "scheduling and memory", "speculative decoding"
+_PARALLEL = "several GPUs and nodes"
 _HTTP, _LIMITS, _RUNTIME = "HTTP and API", "request limits", "runtime"
 
 
@@ -90,6 +91,13 @@ class ServerArgs:
     disable_cuda_graph: bool = _option(False, _SCHEDULE, "launch every kernel of a step from the CPU")
     disable_overlap_schedule: bool = _option(
         False, _SCHEDULE, "read a step's tokens from the GPU before the next is launched"
+    )
+
+    tp_size: int = _option(1, _PARALLEL, "ranks (GPUs) that hold one model together", least=1, most=1024)
+    nnodes: int = _option(1, _PARALLEL, "nodes over which the ranks are spread evenly", least=1, most=1024)
+    node_rank: int = _option(0, _PARALLEL, "number of this node, from 0; node 0 serves HTTP", least=0)
+    dist_init_addr: str | None = _option(
+        None, _PARALLEL, "HOST:PORT of node 0, where the ranks of all nodes meet", kind=str
     )
 
     speculative_algorithm: str | None = _option(
@@ -164,6 +172,7 @@ class ServerArgs:
         if self.speculative_algorithm == "none":
             self._check_nothing_speculative()
         self._check_num_draft_tokens()
+        self._check_nodes()
         if self.max_total_tokens is not None and self.max_total_tokens < 2 * self.page_size:
             raise ConfigError(
                 f"--max-total-tokens: found {self.max_total_tokens}, expected at least two pages of --page-size "
@@ -171,6 +180,18 @@ class ServerArgs:
             )
         if self.skip_tokenizer_init and (self.tool_call_parser or self.reasoning_parser or self.chat_template):
             raise ConfigError("--skip-tokenizer-init: leaves no text for a parser or a chat template; leave one away")
+
+    def _check_nodes(self) -> None:
+        if self.tp_size % self.nnodes:
+            raise ConfigError(f"--tp-size: found {self.tp_size}, expected a multiple of --nnodes {self.nnodes}")
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"--node-rank: found {self.node_rank}, expected less than --nnodes {self.nnodes}")
+        if self.nnodes > 1 and self.dist_init_addr is None:
+            raise ConfigError("--dist-init-addr: found nothing, expected HOST:PORT of node 0, the same on all nodes")
+        if self.dist_init_addr is not None:
+            host, _, port = self.dist_init_addr.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ConfigError(f"--dist-init-addr: found {self.dist_init_addr!r}, expected HOST:PORT of node 0")
 
     def _check_nothing_speculative(self) -> None:
         for name in ("speculative_num_steps", "speculative_draft_model_path"):

@@ -119,7 +119,7 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
         return Diagnosis(name, REFUSED, depth, refusal=str(error), serves_without_draft=without)
     concerns = (*concerns, *_no_draft(plan, config))
     memory = memory_by_tp(plan, options.gpu_gb * GB)
-    min_gpus = next((one.tp_size for one in memory if one.fits and not one.misaligned), None)
+    min_gpus = next((one.tp_size for one in memory if one.fits), None)
     return Diagnosis(
         name,
         DRAFTS_BADLY if concerns else FINE,

@@ -177,14 +177,14 @@ def _other_checkpoint(layout: _Layout) -> Pitfall | None:
 
 
 def _blocks(layout: _Layout) -> Pitfall | None:
-    uneven = next((one for one in layout.memory if one.misaligned and one.why_not is None), None)
+    uneven = next((one for one in layout.memory if one.uneven), None)
     if uneven is None:
         return None
     return Pitfall(
         "blocks cut by tensor parallelism",
-        f"at {uneven.tp_size} GPUs {uneven.misaligned[0]}",
+        f"at {uneven.tp_size} GPUs {uneven.uneven[0]}",
         "servers refuse at start, or give a shard the scales of its neighbour's block",
-        "said here, before the cards are paid for",
+        "blocks stay whole: some GPUs hold one more than others, and the largest share sets memory and pace",
     )
 
 

@@ -101,10 +101,8 @@ def _notes(memory: tuple[GpuMemory, ...], console: Console) -> None:
     for one in memory:
         if one.why_not is not None:
             console.print(Text(f"  {one.tp_size} GPUs: {one.why_not}", style="dim"))
-        elif one.misaligned:
-            console.print(
-                Text(f"  {one.tp_size} GPUs cut inside FP8 blocks: {'; '.join(one.misaligned)}", style="yellow")
-            )
+        elif one.uneven:
+            console.print(Text(f"  {one.tp_size} GPUs have uneven shares: {'; '.join(one.uneven)}", style="yellow"))
 
 
 def _pitfall(pitfall: Pitfall, console: Console) -> None:

@@ -6,29 +6,14 @@ import logging
 import time
 from collections.abc import Iterable
 
-import msgspec
 import torch
 from tqdm import tqdm
 
-from nextn.speculative.decode_state import DecodeState, SlotPatch
+from nextn.protocol.ranks import DecodeBatch
+from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeRows, DecodeStep
 
 logger = logging.getLogger(__name__)
-
-
-class DecodeBatch(msgspec.Struct, frozen=True, array_like=True):
-    """One step of sequences that only decode.
-
-    slots: theirs; wanted_drafts: at most num_drafts each
-    is_greedy: whether all of them take the likeliest tokens as the model gives them
-    patches: what the device does not know yet of them
-    """
-
-    slots: list[int]
-    wanted_drafts: list[int]
-    num_drafts: int
-    is_greedy: bool
-    patches: list[SlotPatch]
 
 
 class DecidedTokens:

@@ -11,8 +11,12 @@ from nextn.kernels import gpu
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(name: str) -> torch.device:
-    """name: "cpu", "cuda", or "auto" for a GPU where torch and Triton find one. Raises ConfigError if there is none."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Where a rank computes.
+
+    name: "cpu", "cuda", or "auto" for a GPU where torch finds one; local_rank: the rank's place on its machine
+    Raises ConfigError if there is no such GPU.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -20,7 +24,13 @@ def choose_device(name: str) -> torch.device:
             f"--device: found cuda, but torch {torch.__version__} finds no GPU; install torch's CUDA build and a "
             "driver for it, or use --device cpu"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--tp-size: a machine runs {local_rank + 1} ranks or more, but has {torch.cuda.device_count()} GPUs; "
+            "lower it, or spread the ranks over more machines with --nnodes"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
     if not gpu.suits(torch.empty(0, device=device)):
         raise ConfigError("--device: the kernels for GPUs need Triton, which is not installed; pip install triton")
     return device

@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 import torch
 
-from nextn.checkpoint.loader import load_model
 from nextn.config.engine_config import EngineConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import RequestError
 from nextn.execution.counters import Counters
-from nextn.execution.device import choose_device, computing_dtype
 from nextn.execution.outputs import check_request, output_of, refusal
 from nextn.execution.rehearsal import run_canary, warm_up
-from nextn.execution.runners import make_pool, make_stepper
+from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
+from nextn.execution.step import Stepper
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
@@ -26,37 +26,30 @@ from nextn.speculative.monitor import AcceptanceMonitor
 from nextn.speculative.policy import DraftLengthPolicy
 from nextn.speculative.shadow import ShadowCheck
 
-DEFAULT_NUM_DRAFT_STEPS = 3
-"""Drafts of a request that samples with its own seed, whatever the policy prefers for others."""
-
-MAX_NUM_DRAFT_STEPS = 5
-"""The most that the policy tries."""
-
 logger = logging.getLogger(__name__)
 
 
 class Engine:
     """A model, its KV pool, a scheduler, and the cycle that runs them."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, tp: TensorParallel = SINGLE) -> None:
         """Load the checkpoint and allocate the KV pool.
 
+        tp: of rank 0; on every other rank a ``Follower`` runs
         Raises CheckpointError or ConfigError, whose message says what to change.
         """
         started = time.monotonic()
         self.config = config
-        device = choose_device(config.device)
-        dtype = computing_dtype(config, device)
-        self._loaded = load_model(config, device=device, dtype=dtype, want_draft=config.wants_draft)
+        shard = load_shard(config, tp)
+        self._loaded, self._cycle = shard.loaded, shard.cycle
         model_config, draft = self._loaded.model_config, self._loaded.draft
         num_drafts = config.num_draft_steps
         policy: DraftLengthPolicy | None = None
         if num_drafts is None:
             num_drafts = DEFAULT_NUM_DRAFT_STEPS if draft is not None else 0
             policy = DraftLengthPolicy(MAX_NUM_DRAFT_STEPS) if draft is not None else None
-        self.max_draft_steps = num_drafts if policy is None else MAX_NUM_DRAFT_STEPS
-        pool = make_pool(config, self._loaded, self.max_draft_steps, dtype=dtype, device=device)
-        self.context_length = pool.context_length
+        self.max_draft_steps = shard.max_draft_steps
+        self.context_length = shard.context_length
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = tuple(model_config.eos_token_ids)
         self.scheduler = Scheduler(
@@ -69,10 +62,10 @@ class Engine:
                 by_priority=config.schedule_policy == "priority",
                 eos_token_ids=self.eos_token_ids,
             ),
-            KVPages(pool.num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
+            KVPages(shard.num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
         )
         self._counters = Counters(self.max_draft_steps)
-        self._stepper = make_stepper(config, self._loaded, pool, self.scheduler, policy, self.max_draft_steps)
+        self._stepper = Stepper(self.scheduler, shard.cycle, policy, shard.runner, overlap=config.enable_overlap)
         warm_up(
             self._stepper, vocab_size=self.vocab_size, page_size=config.page_size, context_length=self.context_length
         )
@@ -90,14 +83,16 @@ class Engine:
         )
         self._shadow: ShadowCheck | None = None
         if config.shadow_rate:
-            self._shadow = ShadowCheck(self._loaded.target, pool.kv_cache, self.scheduler.pages, config.shadow_rate)
+            self._shadow = ShadowCheck(
+                self._loaded.target, shard.kv_cache, self.scheduler.pages, config.shadow_rate, self._cycle.leader
+            )
         self.load_seconds = time.monotonic() - started
         logger.info(
             "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
             self._loaded.report.as_table(),
-            pool.num_pages * config.page_size,
-            pool.num_pages,
-            pool.num_pages * config.page_size * pool.bytes_per_token / 2**20,
+            shard.num_pages * config.page_size,
+            shard.num_pages,
+            shard.num_pages * config.page_size * shard.bytes_per_token / 2**20,
             num_drafts if policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )
@@ -155,6 +150,14 @@ class Engine:
                 self._shadow.offer(extend.seq)
         self._counters.num_steps += bool(steps)
         return outputs
+
+    def still_here(self) -> None:
+        """Tell the other ranks, if there are any, that nothing is wrong although nothing happens."""
+        self._cycle.leader.still_here()
+
+    def close(self) -> None:
+        """Let the other ranks end. Nothing can be computed afterwards."""
+        self._cycle.leader.finish()
 
     def flush_cache(self) -> int:
         """Drop every cached prefix that no request uses; returns the number of pages freed."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 from nextn.config.engine_config import EngineConfig
-from nextn.errors import NextnError
+from nextn.config.ranks import RankPlace
+from nextn.errors import NextnError, PeerLost
 from nextn.execution.engine import Engine
+from nextn.execution.rank_process import end_as_lost, end_with_parent, joined
 from nextn.execution.threads import set_num_threads
 from nextn.protocol.channel import EngineEnd
 from nextn.protocol.messages import (
@@ -29,30 +32,49 @@ from nextn.protocol.messages import (
 IDLE_POLL_MS = 500
 """How often an idle engine looks whether its parent still lives."""
 
+STILL_HERE_SECONDS = 1.0
+"""How often an idle engine tells the other ranks that it is there, and so learns whether they are."""
+
 logger = logging.getLogger(__name__)
 
 
 def run_engine(
-    engine_config: EngineConfig, socket_dir: str, parent_pid: int, num_threads: int | None, log_level: str
+    engine_config: EngineConfig,
+    socket_dir: str,
+    parent_pid: int,
+    num_threads: int | None,
+    log_level: str,
+    place: RankPlace | None = None,
 ) -> None:
-    """Entry point of the engine process: load, say ready, serve until told to stop or the parent is gone."""
+    """Entry point of the engine process: load, say ready, serve until told to stop or the parent is gone.
+
+    place: of rank 0 among several; None alone
+    """
+    place = place or RankPlace()
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what ends when
+    if place.size > 1:
+        end_with_parent(parent_pid)
     end = EngineEnd(Path(socket_dir))
     try:
-        set_num_threads(engine_config.model_path, num_threads)
-        engine = Engine(engine_config)
-        end.send(
-            EngineReady(
-                model=engine.info(),
-                max_total_tokens=engine.stats().num_pages * engine.stats().page_size,
-                context_length=engine.context_length,
-                vocab_size=engine.vocab_size,
-                eos_token_ids=list(engine.eos_token_ids),
-                load_seconds=engine.load_seconds,
+        set_num_threads(engine_config.model_path, num_threads, place.ranks_per_node)
+        with joined(engine_config, place) as tp:
+            engine = Engine(engine_config, tp)
+            end.send(
+                EngineReady(
+                    model=engine.info(),
+                    max_total_tokens=engine.stats().num_pages * engine.stats().page_size,
+                    context_length=engine.context_length,
+                    vocab_size=engine.vocab_size,
+                    eos_token_ids=list(engine.eos_token_ids),
+                    load_seconds=engine.load_seconds,
+                )
             )
-        )
-        _serve(engine, end, parent_pid)
+            _serve(engine, end, parent_pid)
+            engine.close()
+    except PeerLost as error:
+        end.close()
+        end_as_lost(error)
     except NextnError as error:
         end.send(EngineFailed(str(error), user_error=True))
     except Exception as error:
@@ -65,6 +87,7 @@ def run_engine(
 def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
     end.send(engine.draft_health())
     told = engine.health_revision
+    heard_at = time.monotonic()
     while os.getppid() == parent_pid:
         outputs: list[RequestOutput] = []
         messages = end.receive(0 if engine.has_work or engine.has_background_work else IDLE_POLL_MS)
@@ -78,6 +101,12 @@ def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
         if has_worked or messages:  # also without outputs: a long prompt's chunks show that the engine is alive
             end.send(StepOutput(outputs, engine.stats()))
         engine.work_in_background()
+        now = time.monotonic()
+        if has_worked:
+            heard_at = now
+        elif now - heard_at > STILL_HERE_SECONDS:
+            engine.still_here()
+            heard_at = now
         if engine.health_revision != told:
             end.send(engine.draft_health())
             told = engine.health_revision

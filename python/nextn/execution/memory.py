@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nextn.config.cuts import num_kv_heads_of
 from nextn.config.model_config import ModelConfig
 from nextn.errors import ConfigError
 from nextn.layers.kv_cache import KVCache
@@ -15,13 +16,15 @@ CPU_KV_FRACTION = 0.25
 """Share of the machine's free memory that the KV pool may grow to on a CPU (pages are touched only when used)."""
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, *, has_draft: bool) -> int:
-    """Bytes of K and V that one token takes in all layers, and of the hidden state that is kept for the draft layer.
+def kv_bytes_per_token(
+    config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, *, has_draft: bool, tp_size: int = 1
+) -> int:
+    """Bytes on each rank of K and V that one token takes in all layers, and of the hidden state kept for the draft.
 
     dtype: of hidden states; kv_dtype: of keys and values
     """
     num_layers = config.num_hidden_layers + has_draft
-    of_kv = 2 * num_layers * config.num_key_value_heads * config.head_dim * kv_dtype.itemsize
+    of_kv = 2 * num_layers * num_kv_heads_of(config, tp_size) * config.head_dim * kv_dtype.itemsize
     return of_kv + has_draft * config.hidden_size * dtype.itemsize
 
 
@@ -50,13 +53,20 @@ def free_for_kv_on_cpu() -> int:
 
 
 def make_kv_cache(
-    config: ModelConfig, *, num_layers: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    *,
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_size: int = 1,
 ) -> KVCache:
-    """Zeroed K and V, each [num_layers, num_pages + 1, page_size, num_key_value_heads, head_dim].
+    """Zeroed K and V, each [num_layers, num_pages + 1, page_size, KV heads of a rank, head_dim].
 
     The last page is a scratch page: rows that only fill a batch up write there.
     """
-    shape = (num_layers, num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
+    shape = (num_layers, num_pages + 1, page_size, num_kv_heads_of(config, tp_size), config.head_dim)
     return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
 

@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nextn.execution.decode_runner import DecidedTokens, DecodeBatch, DecodeRunner
+from nextn.execution.decode_runner import DecidedTokens, DecodeRunner
+from nextn.protocol.ranks import DecodeBatch
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler
 from nextn.scheduler.sequence import Sequence, Status
 from nextn.speculative.cycle import SpeculativeCycle
-from nextn.speculative.decode_state import MAX_BIASES, MAX_STOP_IDS, SlotMirror, has_rules
+from nextn.speculative.decode_state import MAX_BIASES, MAX_STOP_IDS, SlotMirror
 from nextn.speculative.policy import DraftLengthPolicy
 
 
@@ -157,6 +158,7 @@ class Stepper:
             is_greedy=all(map(_is_greedy, seqs)),
             patches=[patch for patch in patches if patch is not None],
         )
+        self._cycle.leader.decode(batch)
         started = time.perf_counter()
         return _Launched(seqs, wanted, batch.num_drafts, self._runner.launch(batch), started)
 
@@ -216,7 +218,7 @@ def _is_served(seq: Sequence) -> bool:
 def _is_greedy(seq: Sequence) -> bool:
     """Whether the sequence takes the likeliest tokens as the model gives them."""
     sampling = seq.request.sampling
-    return sampling.is_greedy and not has_rules(sampling)
+    return sampling.is_greedy and not sampling.has_rules
 
 
 def _tell_time(

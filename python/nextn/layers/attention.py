@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nextn.config.cuts import heads_of
 from nextn.config.model_config import ModelConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
+from nextn.errors import ConfigError
 from nextn.kernels.linear import InputFormat, Rows, linear, rows_from
 from nextn.kernels.paged_attention import paged_attention
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
@@ -19,7 +22,7 @@ from nextn.quantization.scheme import QuantizationConfig
 
 
 class Attention(nn.Module):
-    """One layer's attention over the KV pool's layer ``layer``.
+    """One layer's attention over the KV pool's layer ``layer``: the rank's heads of it.
 
     qk_norm: [2, head_dim], the RMSNorm weights of all query heads and of all key heads, or None
     packed_kv: the rows of k and v in qkv_proj, for tokens whose queries nobody reads
@@ -32,34 +35,50 @@ class Attention(nn.Module):
         prefix: str,
         layer: int,
         dtype: torch.dtype,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
+        self.tp = tp
         self.layer = layer
         self.head_dim = config.head_dim
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
+        heads, kv_heads = heads_of(config, tp.size, tp.rank)
+        self.num_heads, self.num_kv_heads = len(heads), len(kv_heads)
         self.scale = config.head_dim**-0.5
-        q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q_rows, kv_rows = _rows_of(heads, config.head_dim), _rows_of(kv_heads, config.head_dim)
         self.qkv_proj = Linear(
             config.hidden_size,
-            [Shard(f"{prefix}.q_proj", q_rows), Shard(f"{prefix}.k_proj", kv_rows), Shard(f"{prefix}.v_proj", kv_rows)],
+            [Shard.of_rows(f"{prefix}.{part}_proj", kv_rows if part in "kv" else q_rows) for part in "qkv"],
             quant_config,
             bias=config.attention_bias,
             dtype=dtype,
         )
-        self.o_proj = Linear(q_rows, [Shard(f"{prefix}.o_proj", config.hidden_size)], quant_config, dtype=dtype)
+        self.o_proj = Linear(
+            len(q_rows), [Shard.of_columns(f"{prefix}.o_proj", config.hidden_size, q_rows)], quant_config, dtype=dtype
+        )
+        if tp.size > 1:
+            self._check_blocks(prefix)
         self.prefix = prefix
         self.eps = config.rms_norm_eps
         self.qk_norm = torch.empty(2, config.head_dim, dtype=dtype) if config.use_qk_norm else None
-        self.packed_kv = rows_from(self.qkv_proj.packed, q_rows)
+        self.packed_kv = rows_from(self.qkv_proj.packed, len(q_rows))
         self.batch_invariant = False
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.qkv_proj.weight_slots()
         yield from self.o_proj.weight_slots()
         if self.qk_norm is not None:
-            yield f"{self.prefix}.q_norm.weight", self.qk_norm[0]
-            yield f"{self.prefix}.k_norm.weight", self.qk_norm[1]
+            yield Slot(f"{self.prefix}.q_norm.weight", self.qk_norm[0])
+            yield Slot(f"{self.prefix}.k_norm.weight", self.qk_norm[1])
+
+    def _check_blocks(self, prefix: str) -> None:
+        """Raises ConfigError if the cut between two ranks' heads falls inside a block of quantized weights."""
+        for part, num_heads, axis in (("q", self.num_heads, 0), ("k", self.num_kv_heads, 0), ("o", self.num_heads, 1)):
+            block = (self.o_proj if part == "o" else self.qkv_proj).scheme.block
+            if block is not None and num_heads * self.head_dim % block[axis]:
+                raise ConfigError(
+                    f"--tp-size {self.tp.size}: {prefix}.{part}_proj: a rank's {num_heads} heads of {self.head_dim} "
+                    f"are no multiple of its FP8 blocks of {block[axis]}; choose a smaller --tp-size"
+                )
 
     def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and qkv_proj prepared."""
@@ -77,13 +96,14 @@ class Attention(nn.Module):
         """Write the tokens' KV, attend over all of it.
 
         x: [T, H], normed; residual: [R, H], added, for the tokens whose output is read
-        Returns [R, H].
+        Returns [R, H], summed over all ranks' heads.
         """
         q, k_cache, v_cache = self._rotate_and_write(self.qkv_proj.forward(x), rotation, batch.slot_mapping, kv_cache)
         if batch.output_rows is not None:
             q = q.index_select(0, batch.output_rows)
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale, batch_invariant=self.batch_invariant)
-        return self.o_proj.forward(attended.reshape(q.shape[0], -1), residual)
+        out = self.o_proj.forward(attended.reshape(q.shape[0], -1), residual if self.tp.is_first else None)
+        return self.tp.all_reduce(out)
 
     @property
     def input_format(self) -> InputFormat | None:
@@ -110,3 +130,7 @@ class Attention(nn.Module):
             k_cache,
             v_cache,
         )
+
+
+def _rows_of(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)

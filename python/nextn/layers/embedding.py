@@ -1,4 +1,4 @@
-"""Token embedding and output head."""
+"""Token embedding, which every rank holds whole, and output head, of which each holds a share of the vocabulary."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nextn.config.cuts import vocabulary_of
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels import gpu
 from nextn.kernels.linear import PackedWeight, Weight, linear, pack_weight, store_weight
-from nextn.layers.storage import Slot
+from nextn.layers.storage import Part, Slot
 
 
 class Embedding(nn.Module):
@@ -21,7 +23,7 @@ class Embedding(nn.Module):
         self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype)
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.name}.weight", self.weight
+        yield Slot(f"{self.name}.weight", self.weight)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [T] int64. Returns [T, hidden_size]."""
@@ -29,22 +31,37 @@ class Embedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """Hidden states to logits. weight: [vocab_size, hidden_size], the embedding's own where the two are tied."""
+    """Hidden states to logits.
 
-    def __init__(self, weight: torch.Tensor, name: str | None) -> None:
+    weight: [tokens, hidden_size], the rank's share of the vocabulary; rows of the embedding where the two are tied
+    """
+
+    def __init__(self, weight: torch.Tensor, name: str | None, vocab_size: int, tp: TensorParallel = SINGLE) -> None:
         super().__init__()
         self.name = name
+        self.vocab_size = vocab_size
+        self.tp = tp
         self.weight = weight
         self.packed: Weight = PackedWeight(weight, weight.t(), None)
 
     @classmethod
-    def untied(cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype) -> OutputHead:
-        return cls(torch.empty(vocab_size, hidden_size, dtype=dtype), name)
+    def untied(
+        cls, vocab_size: int, hidden_size: int, name: str, dtype: torch.dtype, tp: TensorParallel = SINGLE
+    ) -> OutputHead:
+        num_tokens = len(vocabulary_of(vocab_size, tp.size, tp.rank))
+        return cls(torch.empty(num_tokens, hidden_size, dtype=dtype), name, vocab_size, tp)
+
+    @classmethod
+    def tied(cls, embedding: Embedding, tp: TensorParallel = SINGLE) -> OutputHead:
+        vocab_size = embedding.weight.shape[0]
+        tokens = vocabulary_of(vocab_size, tp.size, tp.rank)
+        return cls(embedding.weight[tokens.start : tokens.stop], None, vocab_size, tp)
 
     def weight_slots(self) -> Iterator[Slot]:
         """Nothing when tied: the embedding's slot fills the same tensor."""
         if self.name is not None:
-            yield f"{self.name}.weight", self.weight
+            tokens = vocabulary_of(self.vocab_size, self.tp.size, self.tp.rank)
+            yield Slot(f"{self.name}.weight", self.weight, Part(rows=tokens))
 
     def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded: lay the weight out for the device it is on."""
@@ -55,4 +72,4 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, hidden_size]. Returns logits [R, vocab_size] float32."""
-        return linear(hidden, self.packed, out_dtype=torch.float32)
+        return self.tp.gather_columns(linear(hidden, self.packed, out_dtype=torch.float32), self.vocab_size)

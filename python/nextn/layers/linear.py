@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows, StoredWeight, Weight, linear
-from nextn.layers.storage import Shard, Slot, make_scales, make_weight, pack, weight_slots
-from nextn.quantization.scheme import UNQUANTIZED, QuantizationConfig
+from nextn.layers.storage import Part, Shard, Slot, make_scales, make_weight, pack, weight_slots
+from nextn.quantization.scheme import QuantizationConfig, scheme_of
 
 
 class Linear(nn.Module):
@@ -33,7 +33,7 @@ class Linear(nn.Module):
         super().__init__()
         self.shards = tuple(shards)
         self.dtype = dtype
-        self.scheme = quant_config.scheme_for([shard.name for shard in shards]) if quant_config else UNQUANTIZED
+        self.scheme = scheme_of(quant_config, [shard.name for shard in shards])
         self.weight = make_weight(shards, in_features, self.scheme, dtype)
         self.scales = make_scales(shards, in_features, self.scheme)
         rows = sum(shard.num_rows for shard in shards)
@@ -44,7 +44,8 @@ class Linear(nn.Module):
         yield from weight_slots(self.shards, self.scheme, self.weight, self.scales)
         if self.bias is not None:
             parts = self.bias.split([shard.num_rows for shard in self.shards])
-            yield from ((f"{shard.name}.bias", part) for shard, part in zip(self.shards, parts, strict=True))
+            for shard, part in zip(self.shards, parts, strict=True):
+                yield Slot(f"{shard.name}.bias", part, Part(rows=shard.part.rows))
 
     def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded: on a CPU replace FP8 codes and scales by their product, and lay the weight out for it."""

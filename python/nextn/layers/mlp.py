@@ -1,4 +1,4 @@
-"""The dense SwiGLU MLP, which is also the shared expert."""
+"""The dense SwiGLU MLP, which is also the shared expert. Each rank holds a share of its intermediate size."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nextn.config.cuts import cut_unit, share_of
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.fused_moe import PackedExperts, dense_mlp, pack_experts
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows
 from nextn.kernels.silu_mul import silu_mul, silu_mul_quantize
 from nextn.layers.linear import Linear
 from nextn.layers.storage import Shard, Slot
-from nextn.quantization.scheme import QuantizationConfig
+from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
 
 class MLP(nn.Module):
@@ -25,18 +27,17 @@ class MLP(nn.Module):
         quant_config: QuantizationConfig | None,
         prefix: str,
         dtype: torch.dtype,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
+        self.tp = tp
+        gate, up, down = (f"{prefix}.{part}_proj" for part in ("gate", "up", "down"))
+        unit = intermediate_unit(scheme_of(quant_config, [gate, up]), scheme_of(quant_config, [down]))
+        inner = share_of(f"{prefix}: intermediate size", intermediate_size, unit, tp.size, tp.rank)
         self.gate_up_proj = Linear(
-            hidden_size,
-            [Shard(f"{prefix}.gate_proj", intermediate_size), Shard(f"{prefix}.up_proj", intermediate_size)],
-            quant_config,
-            dtype=dtype,
+            hidden_size, [Shard.of_rows(gate, inner), Shard.of_rows(up, inner)], quant_config, dtype=dtype
         )
-        self.down_proj = Linear(
-            intermediate_size, [Shard(f"{prefix}.down_proj", hidden_size)], quant_config, dtype=dtype
-        )
-
+        self.down_proj = Linear(len(inner), [Shard.of_columns(down, hidden_size, inner)], quant_config, dtype=dtype)
         self.packed: PackedExperts | None = self._pack()
 
     def weight_slots(self) -> Iterator[Slot]:
@@ -60,6 +61,10 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x, residual: [T, H]. Returns [T, H], residual + mlp(x)."""
+        return self.tp.all_reduce(self.term(x, residual if self.tp.is_first else None))
+
+    def term(self, x: torch.Tensor | Rows, residual: torch.Tensor | None) -> torch.Tensor:
+        """This rank's term of the sum that ``forward`` returns, plus residual."""
         if self.packed is not None and isinstance(x, torch.Tensor):
             return dense_mlp(x, self.packed, residual)
         gate_up, wanted = self.gate_up_proj.forward(x), self.down_proj.input_format
@@ -67,3 +72,8 @@ class MLP(nn.Module):
             return self.down_proj.forward(silu_mul(gate_up), residual)
         activated = Rows(*silu_mul_quantize(gate_up, wanted.group_size), None, gate_up.dtype)
         return self.down_proj.forward(activated, residual)
+
+
+def intermediate_unit(up: LinearScheme, down: LinearScheme) -> int:
+    """What shares of an intermediate size are multiples of: it is the rows of one matrix, the columns of the other."""
+    return cut_unit((up.block[0] if up.block else None, down.block[1] if down.block else None))

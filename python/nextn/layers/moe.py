@@ -1,4 +1,7 @@
-"""Mixture of experts: a float32 router, stacked routed experts, and shared experts that every token takes."""
+"""Mixture of experts: a float32 router, stacked routed experts, and shared experts that every token takes.
+
+Each rank holds a share of every expert, and the whole router.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,42 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from nextn.config.cuts import share_of
 from nextn.config.model_config import ModelConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import QuantizationError
 from nextn.kernels import gpu
 from nextn.kernels.fused_moe import PackedExperts, StackedExperts, fused_moe, fused_moe_stacked, pack_experts
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows, pack_weight
 from nextn.kernels.router import MAX_TOKEN_TILES, route
 from nextn.layers.linear import Linear
-from nextn.layers.mlp import MLP
+from nextn.layers.mlp import MLP, intermediate_unit
 from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, shard_scale, weight_slots
-from nextn.quantization.scheme import UNQUANTIZED, LinearScheme, QuantizationConfig
+from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
 
 class MoE(nn.Module):
     """y = Σ wₑ · expertₑ(x) + shared(x) (DeepSeek-V3, section 2.1.2, as GLM-4.5 uses it)."""
 
     def __init__(
-        self, config: ModelConfig, quant_config: QuantizationConfig | None, prefix: str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        dtype: torch.dtype,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
+        self.tp = tp
         self.config = config
         self.prefix = prefix
         num_experts = config.n_routed_experts
         self.gate = torch.empty(num_experts, config.hidden_size)
         self.e_score_correction_bias = torch.empty(num_experts)
-        self.experts = Experts(config, quant_config, f"{prefix}.experts", dtype)
+        self.experts = Experts(config, quant_config, f"{prefix}.experts", dtype, tp)
         shared_size = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = (
-            MLP(config.hidden_size, shared_size, quant_config, f"{prefix}.shared_experts", dtype)
+            MLP(config.hidden_size, shared_size, quant_config, f"{prefix}.shared_experts", dtype, tp)
             if shared_size
             else None
         )
@@ -45,8 +56,8 @@ class MoE(nn.Module):
         self.counters: torch.Tensor | None = None
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.prefix}.gate.weight", self.gate
-        yield f"{self.prefix}.gate.e_score_correction_bias", self.e_score_correction_bias
+        yield Slot(f"{self.prefix}.gate.weight", self.gate)
+        yield Slot(f"{self.prefix}.gate.e_score_correction_bias", self.e_score_correction_bias)
         yield from self.experts.weight_slots()
         if self.shared_experts is not None:
             yield from self.shared_experts.weight_slots()
@@ -111,13 +122,16 @@ class MoE(nn.Module):
             counters=self.counters,
             batch_invariant=self.batch_invariant,
         )
+        residual = residual if self.tp.is_first else None
         if isinstance(self.packed, PackedExperts):
-            return fused_moe(wide, ids, weights, self.packed, residual)
+            return self.tp.all_reduce(fused_moe(wide, ids, weights, self.packed, residual))
         if self.shared_experts is not None and not self.packed.has_shared:
-            residual = self.shared_experts.forward(x, residual)
+            residual = self.shared_experts.term(x, residual)
         quantized = (x.q, x.scale) if isinstance(x, Rows) else None
-        return fused_moe_stacked(
-            wide, ids, weights, self.packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
+        return self.tp.all_reduce(
+            fused_moe_stacked(
+                wide, ids, weights, self.packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
+            )
         )
 
 
@@ -147,23 +161,31 @@ ExpertShards = list[tuple[Shard, ...]]
 class Experts(nn.Module):
     """The routed experts' weights, stacked. A fused module is quantized as one, so all experts share a scheme.
 
-    w13: [E, 2I, H], gate rows first; w2: [E, H, I]
+    w13: [E, 2I, H], gate rows first; w2: [E, H, I], where I is the rank's share of the intermediate size
     packed_w13, packed_w2: per expert the same, ready to multiply
     """
 
     def __init__(
-        self, config: ModelConfig, quant_config: QuantizationConfig | None, prefix: str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        dtype: torch.dtype,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        num_experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        names = [f"{prefix}.{e}" for e in range(num_experts)]
+        hidden = config.hidden_size
+        names = [f"{prefix}.{e}" for e in range(config.n_routed_experts)]
+        self.w13_scheme = scheme_of(quant_config, [f"{name}.{part}_proj" for name in names for part in ("gate", "up")])
+        self.w2_scheme = scheme_of(quant_config, [f"{name}.down_proj" for name in names])
+        unit = intermediate_unit(self.w13_scheme, self.w2_scheme)
+        share = share_of(f"{prefix}: intermediate size", config.moe_intermediate_size, unit, tp.size, tp.rank)
+        inner = len(share)
         self.w13_shards: ExpertShards = [
-            (Shard(f"{name}.gate_proj", inner), Shard(f"{name}.up_proj", inner)) for name in names
+            (Shard.of_rows(f"{name}.gate_proj", share), Shard.of_rows(f"{name}.up_proj", share)) for name in names
         ]
-        self.w2_shards: ExpertShards = [(Shard(f"{name}.down_proj", hidden),) for name in names]
-        self.w13_scheme = _scheme(quant_config, self.w13_shards)
-        self.w2_scheme = _scheme(quant_config, self.w2_shards)
+        self.w2_shards: ExpertShards = [(Shard.of_columns(f"{name}.down_proj", hidden, share),) for name in names]
         self.w13 = _stack(self.w13_shards, hidden, self.w13_scheme, dtype)
         self.w2 = _stack(self.w2_shards, inner, self.w2_scheme, dtype)
         self.w13_scales = [make_scales(shards, hidden, self.w13_scheme) for shards in self.w13_shards]
@@ -206,10 +228,6 @@ def _stacked_scales(
     each = [shard_scale(of_one, scheme, scale) for of_one, scale in zip(shards, scales, strict=True)]
     known = [scale for scale, _ in each if scale is not None]
     return torch.stack(known) if known else None, each[0][1]
-
-
-def _scheme(quant_config: QuantizationConfig | None, shards: ExpertShards) -> LinearScheme:
-    return quant_config.scheme_for([s.name for of_one in shards for s in of_one]) if quant_config else UNQUANTIZED
 
 
 def _stack(shards: ExpertShards, in_features: int, scheme: LinearScheme, dtype: torch.dtype) -> torch.Tensor:

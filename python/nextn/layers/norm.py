@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.weight = torch.empty(size, dtype=dtype)
 
     def weight_slots(self) -> Iterator[Slot]:
-        yield f"{self.name}.weight", self.weight
+        yield Slot(f"{self.name}.weight", self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size]. Returns the same shape."""

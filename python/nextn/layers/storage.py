@@ -1,12 +1,14 @@
 """How a (possibly fused) linear's shards lie in one tensor, and their scales in another.
 
-The names are those of the checkpoint; each slot is a view of the storage with exactly the checkpoint tensor's shape.
+The names are those of the checkpoint; each slot is a view of the storage with exactly the shape of the checkpoint
+tensor, or of the part of it that this rank holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,15 +17,53 @@ from nextn.kernels.fp8_matmul import dequantize
 from nextn.kernels.linear import Weight, pack_weight, store_weight
 from nextn.quantization.scheme import LinearScheme
 
-Slot = tuple[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class Part:
+    """The rows and columns of a checkpoint tensor that this rank holds; None is all of them."""
+
+    rows: range | None = None
+    columns: range | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of the part."""
+        if self.rows is not None:
+            tensor = tensor[self.rows.start : self.rows.stop]
+        return tensor if self.columns is None else tensor[:, self.columns.start : self.columns.stop]
+
+    def blocks(self, block: tuple[int, int]) -> Part:
+        """The same of a tensor with one element per block. The part begins where a block does."""
+        return Part(_blocks(self.rows, block[0]), _blocks(self.columns, block[1]))
+
+
+WHOLE = Part()
+
+
+class Slot(NamedTuple):
+    """A checkpoint tensor's name, the storage to fill, and the part of the tensor that belongs there."""
+
+    name: str
+    view: torch.Tensor
+    part: Part = WHOLE
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One checkpoint module of a fused linear: its name and its output rows."""
+    """One checkpoint module of a fused linear: its name, its output rows here, and the part of its weight they are."""
 
     name: str
     num_rows: int
+    part: Part = WHOLE
+
+    @classmethod
+    def of_rows(cls, name: str, rows: range) -> Shard:
+        """Some output rows of the module."""
+        return cls(name, len(rows), Part(rows=rows))
+
+    @classmethod
+    def of_columns(cls, name: str, num_rows: int, columns: range) -> Shard:
+        """All output rows, over some of the inputs: a term of the module's output."""
+        return cls(name, num_rows, Part(columns=columns))
 
 
 @dataclass(frozen=True)
@@ -57,19 +97,20 @@ def make_scales(shards: Sequence[Shard], in_features: int, scheme: LinearScheme)
 def weight_slots(
     shards: Sequence[Shard], scheme: LinearScheme, weight: torch.Tensor, scales: ScaleStorage | None
 ) -> Iterator[Slot]:
-    """(checkpoint tensor name, view to fill) for weights and scales of every shard."""
+    """The slots of every shard's weight and scales."""
     row = scale_row = 0
     for i, shard in enumerate(shards):
-        yield f"{shard.name}.weight", weight[row : row + shard.num_rows]
+        yield Slot(f"{shard.name}.weight", weight[row : row + shard.num_rows], shard.part)
         row += shard.num_rows
         if scales is None:
             continue
         end = scale_row + _scale_rows(shard, scheme)
         view = scales.weight_scale[scale_row:end]
-        yield f"{shard.name}.{scheme.scale_suffix}", view[0] if scheme.kind == "fp8_tensor" else view
+        view = view[0] if scheme.kind == "fp8_tensor" else view
+        yield Slot(f"{shard.name}.{scheme.scale_suffix}", view, _scale_part(shard, scheme))
         scale_row = end
         if scales.input_scale is not None:
-            yield f"{shard.name}.input_scale", scales.input_scale[i : i + 1]
+            yield Slot(f"{shard.name}.input_scale", scales.input_scale[i : i + 1])
 
 
 def expand(
@@ -148,6 +189,20 @@ def _by_row(scale: torch.Tensor, sizes: Sequence[int], block_rows: int) -> torch
         parts.append(scale[first:end].repeat_interleave(block_rows or size, 0)[:size])
         first = end
     return torch.cat(parts)
+
+
+def _scale_part(shard: Shard, scheme: LinearScheme) -> Part:
+    """Of the scales, what belongs to the shard's part of the weight: scales per row are those of all its inputs."""
+    if scheme.block is not None:
+        return shard.part.blocks(scheme.block)
+    return Part(rows=shard.part.rows) if scheme.kind == "fp8_channel" else WHOLE
+
+
+def _blocks(part: range | None, size: int) -> range | None:
+    if part is None:
+        return None
+    assert part.start % size == 0, f"{part} begins inside a block of {size}"
+    return range(part.start // size, -(-part.stop // size))
 
 
 def _scale_rows(shard: Shard, scheme: LinearScheme) -> int:

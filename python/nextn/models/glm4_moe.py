@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nextn.config.cuts import check_cut
 from nextn.config.model_config import ModelConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.rope_and_cache import Rotation
 from nextn.kernels.rotary import make_rotary_table
 from nextn.layers.attention import Attention
@@ -31,17 +33,18 @@ class Glm4MoeDecoderLayer(nn.Module):
         prefix: str,
         layer: int,
         dtype: torch.dtype,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
         eps = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, eps, f"{prefix}.input_layernorm", dtype)
-        self.self_attn = Attention(config, quant_config, f"{prefix}.self_attn", layer, dtype)
+        self.self_attn = Attention(config, quant_config, f"{prefix}.self_attn", layer, dtype, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps, f"{prefix}.post_attention_layernorm", dtype)
         self.mlp: MLP | MoE
         if config.is_dense(layer):
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp", dtype)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp", dtype, tp)
         else:
-            self.mlp = MoE(config, quant_config, f"{prefix}.mlp", dtype)
+            self.mlp = MoE(config, quant_config, f"{prefix}.mlp", dtype, tp)
 
     def weight_slots(self) -> Iterator[Slot]:
         for part in (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp):
@@ -66,6 +69,8 @@ class Glm4MoeForCausalLM(nn.Module):
 
     prefix: stands before every tensor name; published checkpoints have none
     dtype: of everything that is not quantized, and of the residual stream
+    tp: the ranks that hold the model together; each holds a part of the heads, of every MLP and expert, and of the
+        output head. Hidden states are whole and the same everywhere.
     """
 
     def __init__(
@@ -75,28 +80,30 @@ class Glm4MoeForCausalLM(nn.Module):
         prefix: str = "",
         *,
         dtype: torch.dtype = torch.float32,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
+        check_cut(config, tp.size)
         self.config = config
         self.quant_config = quant_config
         self.dtype = dtype
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, f"{prefix}model.embed_tokens", dtype)
         self.layers = nn.ModuleList(
-            Glm4MoeDecoderLayer(config, quant_config, f"{prefix}model.layers.{i}", i, dtype)
+            Glm4MoeDecoderLayer(config, quant_config, f"{prefix}model.layers.{i}", i, dtype, tp)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, f"{prefix}model.norm", dtype)
         self.lm_head = (
-            OutputHead(self.embed_tokens.weight, None)
+            OutputHead.tied(self.embed_tokens, tp)
             if config.tie_word_embeddings
-            else OutputHead.untied(config.vocab_size, config.hidden_size, f"{prefix}lm_head", dtype)
+            else OutputHead.untied(config.vocab_size, config.hidden_size, f"{prefix}lm_head", dtype, tp)
         )
         self._rotary = make_rotary_table(
             config.head_dim, config.rotary_dim, config.rope_theta, config.max_position_embeddings
         )
 
     def weight_slots(self) -> Iterator[Slot]:
-        """(checkpoint tensor name, view to fill) for every tensor the model consumes."""
+        """A slot for every tensor the model consumes."""
         yield from self.embed_tokens.weight_slots()
         for layer in self.layers:
             assert isinstance(layer, Glm4MoeDecoderLayer)

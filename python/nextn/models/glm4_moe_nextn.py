@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from nextn.config.model_config import ModelConfig
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.linear import StoredWeight
 from nextn.kernels.nextn_input import nextn_input, nextn_projection
 from nextn.kernels.rope_and_cache import Rotation
@@ -41,6 +42,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
     quant_config: what the loader detected in the checkpoint the layer comes from; it is kept. The user's override has
         been applied before (``quantization.precedence``), so there is no second place that could drop it.
     target: lends its embedding and head where the checkpoint has none for this layer
+    tp: as for the target. eh_proj is whole on every rank: cut, it would cost as much to put together as to compute.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         dtype: torch.dtype = torch.float32,
         has_own_head: bool = False,
         has_own_embedding: bool = False,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
         self.config = config
@@ -63,7 +66,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         self.enorm = RMSNorm(hidden, eps, f"{name}.enorm", dtype)
         self.hnorm = RMSNorm(hidden, eps, f"{name}.hnorm", dtype)
         self.eh_proj = Linear(2 * hidden, [Shard(f"{name}.eh_proj", hidden)], quant_config, dtype=dtype)
-        self.block = Glm4MoeDecoderLayer(config, quant_config, name, config.num_hidden_layers, dtype)
+        self.block = Glm4MoeDecoderLayer(config, quant_config, name, config.num_hidden_layers, dtype, tp)
         self.norm = RMSNorm(hidden, eps, f"{name}.shared_head.norm", dtype)
         self.has_own_embedding = has_own_embedding
         self.has_own_head = has_own_head
@@ -73,7 +76,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
             else target.embed_tokens
         )
         self.head = (
-            OutputHead.untied(config.vocab_size, hidden, f"{name}.shared_head.head", dtype)
+            OutputHead.untied(config.vocab_size, hidden, f"{name}.shared_head.head", dtype, tp)
             if has_own_head
             else target.lm_head
         )
@@ -82,7 +85,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         )
 
     def weight_slots(self) -> Iterator[Slot]:
-        """(checkpoint tensor name, view to fill) for every tensor of the layer."""
+        """A slot for every tensor of the layer."""
         for part in (self.enorm, self.hnorm, self.eh_proj, self.block, self.norm):
             yield from part.weight_slots()
         if self.has_own_embedding:

@@ -41,5 +41,10 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature == 0.0
 
     @property
+    def has_rules(self) -> bool:
+        """Whether logits are changed before anything is chosen from them."""
+        return bool(self.has_penalties or self.logit_bias or self.min_new_tokens)
+
+    @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -53,3 +53,8 @@ class QuantizationConfig(Protocol):
 
     def unmatched_ignores(self, modules: Collection[str]) -> list[str]:
         """Entries of the list of excluded modules that name none of these modules, each with where it stands."""
+
+
+def scheme_of(quant_config: QuantizationConfig | None, shard_names: Sequence[str]) -> LinearScheme:
+    """The scheme of a linear made of these checkpoint modules; unquantized without a config."""
+    return UNQUANTIZED if quant_config is None else quant_config.scheme_for(shard_names)

@@ -29,12 +29,15 @@ FLUSH_TIMEOUT = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """What the supervisor watches, in seconds, and whom it tells."""
+    """What the supervisor watches, in seconds, and whom it tells.
+
+    why_engine_ended: the reason once a process of the engine is gone, else None
+    """
 
     startup_timeout: float
     shutdown_timeout: float
     watchdog_timeout: float
-    engine_exit_code: Callable[[], int | None]
+    why_engine_ended: Callable[[], str | None]
     announce: Callable[[EngineReady], None]
 
 
@@ -96,13 +99,13 @@ async def _supervise(
             announced = True
         if serving.done():
             return f"the HTTP server stopped: {serving.exception() or 'no reason given'}"
-        exit_code = watch.engine_exit_code()
-        if exit_code is not None:
+        end_of_engine = watch.why_engine_ended()
+        if end_of_engine is not None:
             await client.wait_for_failure(LAST_WORDS_TIMEOUT)
         if client.failure is not None:
             return client.failure.message
-        if exit_code is not None:
-            return f"the engine process {_describe_exit(exit_code)}"
+        if end_of_engine is not None:
+            return watch.why_engine_ended()
         if client.state is EngineState.LOADING and loop.time() - started_at > watch.startup_timeout:
             return f"the model was not loaded within --startup-timeout {watch.startup_timeout:g} s"
         if client.silent_for > watch.watchdog_timeout:
@@ -121,12 +124,3 @@ async def _drain(client: EngineClient, server: _Server, hurry: asyncio.Event, ti
             logger.warning("shutdown timeout reached running_requests=%d", client.num_running)
             return
         await asyncio.sleep(POLL_INTERVAL / 2)
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"

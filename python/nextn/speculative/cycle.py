@@ -1,6 +1,7 @@
 """One step of the engine: draft k tokens, verify them with the target in one forward, accept, catch up.
 
-Plain decoding is the same step with no drafts, and a prompt chunk the same step with many known tokens.
+Plain decoding is the same step with no drafts, and a prompt chunk the same step with many known tokens. Over several
+ranks, each computes the same forward passes with its part of the models, and rank 0 decides.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
 from nextn.kernels.sampling import sample_tokens
 from nextn.layers.batch import make_extend_batch
@@ -17,17 +19,26 @@ from nextn.models.glm4_moe import Glm4MoeForCausalLM
 from nextn.protocol.messages import TokenLogprobs
 from nextn.scheduler.scheduler import Decision, Extend
 from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
+from nextn.speculative.leader import Leader
 from nextn.speculative.logits import Row, adjust_logits, probs_of_rows
-from nextn.speculative.logprobs import token_logprobs
-from nextn.speculative.proposer import Drafts, NextNProposer
+from nextn.speculative.logprobs import prompt_rows, token_logprobs
+from nextn.speculative.proposer import ChooseTokens, Drafts, NextNProposer
 
 
 class SpeculativeCycle:
     """Runs steps over the target, and over the draft where there is one. Holds no state of its own."""
 
     def __init__(
-        self, target: Glm4MoeForCausalLM, proposer: NextNProposer | None, kv_cache: KVCache, *, page_size: int
+        self,
+        target: Glm4MoeForCausalLM,
+        proposer: NextNProposer | None,
+        kv_cache: KVCache,
+        *,
+        page_size: int,
+        tp: TensorParallel = SINGLE,
     ) -> None:
+        self.leader = Leader(tp)
+        self._tp = tp
         self._target = target
         self._proposer = proposer
         self._kv_cache = kv_cache
@@ -36,19 +47,46 @@ class SpeculativeCycle:
 
     @torch.inference_mode()
     def run(self, extends: list[Extend]) -> list[Decision]:
-        """Compute one step. Returns one decision per extend, in order."""
+        """Compute one step, on rank 0. Returns one decision per extend, in order."""
+        self.leader.step(extends)
+        chains, drafts, hidden, num_draft_computed = self._forward(extends, self._choose_drafts)
+        return self._decide(extends, chains, drafts, hidden, num_draft_computed)
+
+    @torch.inference_mode()
+    def follow(self, extends: list[Extend], prompts: list[range]) -> None:
+        """Compute the forward passes of a step that rank 0 runs, on any other rank.
+
+        prompts: per extend, the rows of its new tokens that score the prompt
+        """
+        chains, _, hidden, _ = self._forward(extends, self._receive_drafts)
+        end = 0
+        for extend, chain, rows in zip(extends, chains, prompts, strict=True):
+            if rows:
+                self._target.compute_logits(hidden[end + rows.start : end + rows.stop])
+            end += extend.num_tokens + len(chain)
+        if index := _deciding_rows(extends):
+            self._target.compute_logits(self._rows_of(hidden, index))
+
+    def _forward(
+        self, extends: list[Extend], choose: ChooseTokens
+    ) -> tuple[list[list[int]], Drafts, torch.Tensor, list[int] | None]:
+        """Draft, verify, catch up: all that is computed before anything is decided.
+
+        Returns the drafted chain of each extend (empty where none was asked for), the drafts, hidden states [T, H] of
+        known tokens and drafts, and each sequence's new ``num_draft_computed``.
+        """
         drafting = [extend for extend in extends if extend.num_drafts]
         drafts = Drafts([], None)
         if drafting:
             assert self._proposer is not None, "drafts are asked for only where there is a draft model"
-            drafts = self._proposer.propose(drafting, self._choose_drafts)
+            drafts = self._proposer.propose(drafting, choose)
         chains = self._chain_per_extend(extends, drafts)
 
         hidden = self._run_target(extends, chains)
         num_draft_computed: list[int] | None = None
         if self._proposer is not None:
             num_draft_computed = self._proposer.catch_up(extends)
-        return self._decide(extends, chains, drafts, hidden, num_draft_computed)
+        return chains, drafts, hidden, num_draft_computed
 
     @staticmethod
     def _chain_per_extend(extends: list[Extend], drafts: Drafts) -> list[list[int]]:
@@ -83,20 +121,14 @@ class SpeculativeCycle:
         caught_up: Sequence[int | None] = num_draft_computed or [None] * len(extends)
         prompt_logprobs = self._prompt_logprobs(extends, chains, hidden)
         deciding: list[list[int]] = []
-        row_index: list[int] = []
         rows: list[Row] = []
-        end = 0
         for extend, chain in zip(extends, chains, strict=True):
-            end += extend.num_tokens + len(chain)
             if extend.decides:
                 deciding.append(chain)
-                row_index.extend(range(end - 1 - len(chain), end))
                 rows.extend([Row(extend.seq, chain[:j]) for j in range(len(chain) + 1)])
         if not deciding:
             return [Decision([], 0, None, known, done) for known, done in zip(prompt_logprobs, caught_up, strict=True)]
-        if len(row_index) < len(hidden):
-            hidden = hidden.index_select(0, torch.tensor(row_index, device=self._device))
-        logits = self._target.compute_logits(hidden)
+        logits = self._target.compute_logits(self._rows_of(hidden, _deciding_rows(extends)))
         verdicts = zip(*self._verify(deciding, drafts, logits, rows), strict=True)
         decisions: list[Decision] = []
         row = 0
@@ -109,6 +141,10 @@ class SpeculativeCycle:
             decisions.append(Decision(tokens, accepted, self._logprobs(extend, tokens, logits, row), known, done))
             row += len(chain) + 1
         return decisions
+
+    def _rows_of(self, hidden: torch.Tensor, index: list[int]) -> torch.Tensor:
+        """hidden: [T, H]; index: R rows of it, each once, in order. Returns [R, H]."""
+        return hidden if len(index) == len(hidden) else hidden.index_select(0, torch.tensor(index, device=self._device))
 
     def _verify(
         self, chains: list[list[int]], drafts: Drafts, logits: torch.Tensor, rows: list[Row]
@@ -152,6 +188,14 @@ class SpeculativeCycle:
         return probs
 
     def _choose_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, probs = self._sample_drafts(logits, rows)
+        return self._tp.broadcast(tokens), probs
+
+    def _receive_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What rank 0 chose. Only the number of rows matters."""
+        return self._tp.broadcast(torch.empty(len(rows), dtype=torch.int64, device=self._device)), None
+
+    def _sample_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = adjust_logits(logits, rows)
         if all(row.sampling.is_greedy for row in rows):
             return logits.argmax(-1), None
@@ -177,23 +221,31 @@ class SpeculativeCycle:
             if wanted_from is None or wanted_from + len(seq.prompt_logprobs or ()) >= seq.num_prompt:
                 found.append(None)
             else:
-                found.append(self._prompt_logprobs_of(extend, wanted_from, hidden[row : row + extend.num_tokens]))
+                found.append(self._prompt_logprobs_of(extend, hidden[row : row + extend.num_tokens]))
             row += extend.num_tokens + len(chain)
         return found
 
-    def _prompt_logprobs_of(self, extend: Extend, start: int, hidden: torch.Tensor) -> list[TokenLogprobs]:
+    def _prompt_logprobs_of(self, extend: Extend, hidden: torch.Tensor) -> list[TokenLogprobs]:
         seq = extend.seq
-        assert seq.prompt_logprobs is not None, "a request that wants prompt logprobs collects them"
         known: list[TokenLogprobs] = []
-        position = start + len(seq.prompt_logprobs)
-        if position == 0:
+        if seq.request.prompt_logprobs_start == 0 and not seq.prompt_logprobs:
             known.append(TokenLogprobs(seq.tokens[0], None))
-            position = 1
-        stop = min(extend.end, seq.num_prompt - 1) + 1
-        if position < stop:
-            logits = self._target.compute_logits(hidden[position - 1 - extend.start : stop - 1 - extend.start])
-            known += token_logprobs(logits, seq.tokens[position:stop], seq.request.num_top_logprobs or 0)
+        if rows := prompt_rows(extend):
+            logits = self._target.compute_logits(hidden[rows.start : rows.stop])
+            tokens = seq.tokens[extend.start + rows.start + 1 : extend.start + rows.stop + 1]
+            known += token_logprobs(logits, tokens, seq.request.num_top_logprobs or 0)
         return known
+
+
+def _deciding_rows(extends: list[Extend]) -> list[int]:
+    """Among the rows of all known tokens and drafts, those that choose new tokens."""
+    index: list[int] = []
+    end = 0
+    for extend in extends:
+        end += extend.num_tokens + extend.num_drafts
+        if extend.decides:
+            index.extend(range(end - 1 - extend.num_drafts, end))
+    return index
 
 
 def _padded_rows(chains: list[list[int]], num_drafts: int) -> list[list[int]]:

@@ -8,51 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from nextn.kernels.penalties import LogitRules, count_tokens
-from nextn.protocol.sampling import TokenSampling
+from nextn.protocol.ranks import NewSequence, SlotPatch
 from nextn.scheduler.sequence import Sequence
 
 MAX_BIASES = 1024
 MAX_STOP_IDS = 160
 """What there is memory for per slot; sequences that ask for more are not decoded this way."""
-
-
-class NewSequence(msgspec.Struct, frozen=True, array_like=True):
-    """What stays the same of a sequence. token_limit: the most tokens it can have, prompt included."""
-
-    sampling: TokenSampling
-    num_prompt: int
-    token_limit: int
-    stop_ids: list[int]
-
-    @property
-    def has_rules(self) -> bool:
-        """Whether its logits are adjusted."""
-        return has_rules(self.sampling)
-
-
-def has_rules(sampling: TokenSampling) -> bool:
-    """Whether a request asks for anything that ``LogitRules`` hold."""
-    return bool(sampling.has_penalties or sampling.logit_bias or sampling.min_new_tokens)
-
-
-class SlotPatch(msgspec.Struct, frozen=True, array_like=True):
-    """What the device does not know yet of the sequence in a slot.
-
-    tokens: those from position first_token on, up to the sequence's last; none leaves its length as it is
-    pages: its pages from index first_page on
-    new: where the sequence is new in the slot
-    """
-
-    slot: int
-    first_token: int
-    tokens: list[int]
-    first_page: int
-    pages: list[int]
-    new: NewSequence | None = None
 
 
 class DecodeState:
@@ -130,7 +94,7 @@ class DecodeState:
         self.temperature[slots], self.top_p[slots], self.min_p[slots] = temperatures, top_ps, min_ps
         self.page_table.index_fill_(0, slots, self.scratch_page)
         for patch, new in patches:
-            if new.has_rules:
+            if new.sampling.has_rules:
                 self._assign_rules(patch, new)
             elif patch.slot in self._with_rules:
                 self._with_rules.remove(patch.slot)

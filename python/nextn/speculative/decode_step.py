@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.paged_attention import AttentionLayout
 from nextn.kernels.penalties import adjust_logits_by_slot, count_tokens
 from nextn.kernels.random_uniform import DRAFT_STREAM, random_uniform
@@ -46,7 +47,9 @@ class DecodeStep:
         proposer: NextNProposer | None,
         kv_cache: KVCache,
         state: DecodeState,
+        tp: TensorParallel = SINGLE,
     ) -> None:
+        self._tp = tp
         self._target = target
         self._proposer = proposer
         self._kv_cache = kv_cache
@@ -76,8 +79,9 @@ class DecodeStep:
         num_chained = torch.minimum(rows.wanted_drafts, room.clamp(min=0))
         beyond = torch.arange(num_drafts, device=room.device) >= num_chained[:, None]
         num_accepted, tokens = self._accept(choice, logits, draft_tokens.masked_fill(beyond, NO_TOKEN), draft_probs)
-        self._commit(rows.write, num_tokens, num_accepted, tokens, is_greedy=is_greedy)
-        return torch.cat([num_accepted[:, None], tokens], 1)
+        decided = self._tp.broadcast(torch.cat([num_accepted[:, None], tokens], 1))
+        self._commit(rows.write, num_tokens, decided, is_greedy=is_greedy)
+        return decided
 
     def _draft(self, places: _Places, num_drafts: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns drafts [S, num_drafts] int64, and the probabilities they were drawn from, None if all greedy."""
@@ -94,7 +98,7 @@ class DecodeStep:
                 ids, batch = tokens[:, step - 1].contiguous(), places.next_draft(step)
             hidden = self._proposer.draft.forward(ids, hidden, batch, self._kv_cache)
             chosen, drawn_from = choice.draft(self._proposer.draft.compute_logits(hidden), tokens, step)
-            tokens[:, step] = chosen
+            tokens[:, step] = self._tp.broadcast(chosen)
             if drawn_from is not None:
                 probs.append(drawn_from)
         return tokens, torch.stack(probs, 1) if probs else None
@@ -108,17 +112,9 @@ class DecodeStep:
         """
         return choice.verify(logits, draft_tokens, draft_probs)
 
-    def _commit(
-        self,
-        write: torch.Tensor,
-        num_tokens: torch.Tensor,
-        num_accepted: torch.Tensor,
-        tokens: torch.Tensor,
-        *,
-        is_greedy: bool,
-    ) -> None:
-        """Append the tokens to the state. What stands beyond num_tokens is never read."""
-        state = self._state
+    def _commit(self, write: torch.Tensor, num_tokens: torch.Tensor, decided: torch.Tensor, *, is_greedy: bool) -> None:
+        """Append tokens to the state; what stands beyond num_tokens is never read. decided: as ``run`` returns it."""
+        state, num_accepted, tokens = self._state, decided[:, 0], decided[:, 1:]
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         columns = (num_tokens[:, None] + offsets).clamp(max=state.width - 1)
         index = write[:, None] * state.width + columns

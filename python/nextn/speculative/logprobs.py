@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nextn.protocol.messages import TokenLogprobs
+from nextn.scheduler.scheduler import Extend
 
 
 def token_logprobs(logits: torch.Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs]:
@@ -20,3 +21,13 @@ def token_logprobs(logits: torch.Tensor, tokens: list[int], num_top: int) -> lis
     values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
     tops = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
     return [TokenLogprobs(token, value, top) for token, value, top in zip(tokens, chosen, tops, strict=True)]
+
+
+def prompt_rows(extend: Extend) -> range:
+    """Of the extend's new tokens, the rows that predict prompt tokens whose logprobs are wanted and not yet known."""
+    seq, start = extend.seq, extend.seq.request.prompt_logprobs_start
+    if start is None:
+        return range(0)
+    first = max(start + len(seq.prompt_logprobs or ()), 1)
+    stop = min(extend.end, seq.num_prompt - 1) + 1
+    return range(first - 1 - extend.start, max(first, stop) - 1 - extend.start)

@@ -34,6 +34,7 @@ from nextn.protocol.draft_health import ShadowCounts
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.sequence import Sequence
+from nextn.speculative.leader import Leader
 from nextn.speculative.logits import Row, adjust_logits
 
 SLICE = 64
@@ -86,6 +87,7 @@ class ShadowCheck:
     """Owns the requests that wait for their check, and what the checks found.
 
     rate: share of finished requests to check, chosen by a hash of their name and number
+    leader: tells the other ranks, which compute the same
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ShadowCheck:
         kv_cache: KVCache,
         pages: KVPages,
         rate: float,
+        leader: Leader,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts = ShadowCounts()
@@ -101,6 +104,7 @@ class ShadowCheck:
         self._kv_cache = kv_cache
         self._pages = pages
         self._rate = rate
+        self._leader = leader
         self._clock = clock
         self._device = kv_cache.k.device
         self._tie = TIE[target.dtype]
@@ -203,9 +207,10 @@ class ShadowCheck:
         start, num_prompt = check.num_done, check.seq.num_prompt
         end = min(start + SLICE, check.num_rows)
         ids = [*check.seq.tokens, *check.output][start:end]
+        first = max(start, num_prompt - 1)
+        self._leader.score(start, ids, check.seq.pages, first - start)
         batch = make_extend_batch([(start, end - start)], [check.seq.pages], self._pages.page_size, self._device)
         hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
-        first = max(start, num_prompt - 1)
         if first < end:
             logits = self._target.compute_logits(hidden[first - start :])
             places = range(first + 1 - num_prompt, end + 1 - num_prompt)

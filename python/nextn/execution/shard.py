@@ -1,0 +1,199 @@
+"""What each rank holds: its part of the models and of the KV pool, and what computes with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nextn.checkpoint.loader import LoadedModel, load_model
+from nextn.config.engine_config import EngineConfig
+from nextn.distributed.parallel import TensorParallel
+from nextn.errors import ConfigError
+from nextn.execution.decode_runner import DecodeRunner
+from nextn.execution.device import choose_device, computing_dtype, kv_dtype
+from nextn.execution.memory import MemoryPlan, free_for_kv_on_cpu, kv_bytes_per_token, make_kv_cache, num_pages_for
+from nextn.layers.batch import make_extend_batch
+from nextn.layers.kv_cache import KVCache
+from nextn.protocol.ranks import DecodeBatch
+from nextn.speculative.cycle import SpeculativeCycle
+from nextn.speculative.decode_state import DecodeState
+from nextn.speculative.decode_step import DecodeStep
+from nextn.speculative.follower import Follower
+from nextn.speculative.proposer import NextNProposer
+
+DEFAULT_NUM_DRAFT_STEPS = 3
+"""Drafts of a request that samples with its own seed, whatever the policy prefers for others."""
+
+MAX_NUM_DRAFT_STEPS = 5
+"""The most that the policy tries."""
+
+MEASURED_CHUNK = 2048
+"""Prompt tokens whose memory is measured where --chunked-prefill-size sets no bound."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelShard:
+    """num_pages: in the KV pool without the scratch page, the same on every rank; context_length: most tokens of one
+        request
+    bytes_per_token: of the pool, on this rank
+    max_draft_steps: the most drafts of a step
+    runner: of decode steps, on a GPU
+    """
+
+    loaded: LoadedModel
+    kv_cache: KVCache
+    num_pages: int
+    context_length: int
+    bytes_per_token: int
+    max_draft_steps: int
+    cycle: SpeculativeCycle
+    runner: DecodeRunner | None
+
+    def follow(self, tp: TensorParallel) -> None:
+        """Compute what rank 0 says, on any other rank, until it says that this is the end. Raises PeerLost."""
+        Follower(tp, self.cycle, self._decode, self.loaded.target, self.kv_cache).run()
+
+    def _decode(self, batch: DecodeBatch) -> None:
+        assert self.runner is not None, "rank 0 has a runner, so every rank has"
+        self.runner.launch(batch)
+
+
+def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
+    """Load the checkpoint, allocate the KV pool in the memory there is, and record decode steps on a GPU.
+
+    Raises CheckpointError or ConfigError, whose message says what to change.
+    """
+    device = choose_device(config.device, tp.local_rank)
+    if device.type == "cuda" and config.page_size & (config.page_size - 1):
+        raise ConfigError(f"--page-size: found {config.page_size}, expected a power of two on a GPU")
+    dtype = computing_dtype(config, device)
+    loaded = load_model(config, device=device, dtype=dtype, want_draft=config.wants_draft, tp=tp)
+    model_config, has_draft = loaded.model_config, loaded.draft is not None
+    context = config.context_length or model_config.max_position_embeddings
+    stored = kv_dtype(config, dtype)
+    bytes_per_token = kv_bytes_per_token(model_config, dtype, stored, has_draft=has_draft, tp_size=tp.size)
+    max_drafts = _max_drafts(config, has_draft)
+
+    def kv_cache_of(num_pages: int) -> KVCache:
+        return make_kv_cache(
+            model_config,
+            num_layers=model_config.num_hidden_layers + has_draft,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            dtype=stored,
+            device=device,
+            tp_size=tp.size,
+        )
+
+    if device.type == "cpu":
+        free = free_for_kv_on_cpu() // tp.ranks_per_node
+    else:
+        plan = _measured_plan(config, loaded, max_drafts, kv_cache_of, device, tp)
+        plan.check(bytes_per_token, 2 * config.page_size)
+        logger.info("%s", plan.as_table())
+        free = plan.kv
+    num_pages = tp.least(
+        num_pages_for(
+            bytes_per_token=bytes_per_token,
+            page_size=config.page_size,
+            max_total_tokens=config.max_total_tokens,
+            wanted_tokens=config.max_running_requests * (context + config.page_size),
+            free_bytes=free,
+        )
+    )
+    kv_cache, context = kv_cache_of(num_pages), min(context, num_pages * config.page_size)
+    proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
+    cycle = SpeculativeCycle(loaded.target, proposer, kv_cache, page_size=config.page_size, tp=tp)
+    runner: DecodeRunner | None = None
+    if device.type == "cuda" or config.decode_on_device:
+        runner = _decode_runner(config, loaded, proposer, kv_cache, context, max_drafts, tp)
+        if config.enable_cuda_graph and device.type == "cuda":
+            runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts))
+    return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, max_drafts, cycle, runner)
+
+
+def _max_drafts(config: EngineConfig, has_draft: bool) -> int:
+    if config.num_draft_steps is not None:
+        return config.num_draft_steps
+    return MAX_NUM_DRAFT_STEPS if has_draft else 0
+
+
+def _recorded_drafts(config: EngineConfig, max_drafts: int) -> list[int]:
+    """Numbers of drafts that a step may have."""
+    return list(range(max_drafts + 1)) if config.num_draft_steps is None else [max_drafts]
+
+
+def _max_recorded(config: EngineConfig) -> int:
+    return min(config.cuda_graph_max_bs or config.max_running_requests, config.max_running_requests)
+
+
+def _decode_runner(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    proposer: NextNProposer | None,
+    kv_cache: KVCache,
+    context_length: int,
+    max_drafts: int,
+    tp: TensorParallel,
+) -> DecodeRunner:
+    state = DecodeState(
+        num_slots=config.max_running_requests,
+        vocab_size=loaded.model_config.vocab_size,
+        context_length=context_length,
+        max_drafts=max_drafts,
+        page_size=config.page_size,
+        scratch_page=kv_cache.k.shape[1] - 1,
+        device=kv_cache.k.device,
+    )
+    return DecodeRunner(DecodeStep(loaded.target, proposer, kv_cache, state, tp), state)
+
+
+def _measured_plan(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    max_drafts: int,
+    kv_cache_of: Callable[[int], KVCache],
+    device: torch.device,
+    tp: TensorParallel,
+) -> MemoryPlan:
+    """Compute the largest prompt chunk and the largest decode step once, over a small pool, and see what they take."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    weights = torch.cuda.memory_allocated(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    chunk = config.chunked_prefill_size if config.chunked_prefill_size > 0 else MEASURED_CHUNK
+    chunk = min(chunk, loaded.model_config.max_position_embeddings)
+    num_pages = -(-chunk // config.page_size)
+    kv_cache = kv_cache_of(num_pages)
+    proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
+
+    def compute_chunk() -> None:
+        batch = make_extend_batch([(0, chunk)], [range(num_pages)], config.page_size, device)
+        hidden = loaded.target.forward(torch.zeros(chunk, dtype=torch.int64, device=device), batch, kv_cache)
+        loaded.target.compute_logits(hidden[: config.max_running_requests * (max_drafts + 1)])
+
+    def decode() -> None:
+        context_length = num_pages * config.page_size
+        runner = _decode_runner(config, loaded, proposer, kv_cache, context_length, max_drafts, tp)
+        runner.rehearse(_max_recorded(config), max_drafts)
+
+    activations = _peak_bytes(compute_chunk, device)
+    graphs = _peak_bytes(decode, device)
+    return MemoryPlan(total, config.mem_fraction_static, others, weights, activations, graphs)
+
+
+@torch.inference_mode()
+def _peak_bytes(compute: Callable[[], None], device: torch.device) -> int:
+    """The most memory that ``compute`` takes beyond what is allocated already."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    compute()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
