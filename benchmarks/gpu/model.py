@@ -22,12 +22,13 @@ from unittest import mock
 import torch
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
-from nextn.execution import decode_runner, runners
-from nextn.execution.decode_runner import DecidedTokens, DecodeBatch
+from nextn.execution import decode_runner, shard
+from nextn.execution.decode_runner import DecidedTokens
 from nextn.execution.engine import Engine
 from nextn.kernels.verify import NO_TOKEN
 from nextn.layers import moe
 from nextn.protocol.messages import AddRequest
+from nextn.protocol.ranks import DecodeBatch
 from nextn.protocol.sampling import TokenSampling
 from nextn.speculative.decode_step import DecodeStep
 
@@ -132,7 +133,8 @@ def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int)
         canary="off",
     )
     with (
-        mock.patch.object(runners, "DecodeStep", PinnedDecodeStep),
+        mock.patch.object(shard, "DecodeStep", PinnedDecodeStep),
+        mock.patch.object(shard, "_recorded_drafts", lambda config, most: [0, most]),
         mock.patch.object(decode_runner, "padded_sizes", lambda most: tuple(b for b in BATCHES if b <= most)),
     ):
         return Engine(engine_config)
@@ -246,6 +248,10 @@ class _Running:
 def steady(place: Place, engine: Engine, batch: int, num_drafts: int) -> Steps:
     """The median of rounds of steps, each as the engine makes them: with their tokens read."""
     rounds, length, warm = (ROUNDS, STEPS_PER_ROUND, WARM_STEPS) if not place.is_rehearsal else (1, 2, 1)
+    runner = engine._stepper._runner
+    assert runner is not None, "the engine decodes on the device"
+    if not place.is_rehearsal and (batch, num_drafts, True) not in runner._recordings:
+        raise RuntimeError(f"no step of {batch} sequences and {num_drafts} drafts was recorded")
     with _Running(engine, batch, num_drafts) as running:
         for _ in range(warm):
             running.step()

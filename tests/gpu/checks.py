@@ -43,9 +43,9 @@ def random_pair(raw: dict[str, Any], device: torch.device) -> tuple[Glm4MoeForCa
         ours = Glm4MoeForCausalLM(config, quantization, dtype=torch.bfloat16)
     fill_dummy(ours.weight_slots(), seed=0)
     reference = Glm4MoeForCausalLM(config, quantization, dtype=torch.float32)
-    for (name, source), (other, target) in zip(ours.weight_slots(), reference.weight_slots(), strict=True):
-        assert name == other
-        target.copy_(source)
+    for source, target in zip(ours.weight_slots(), reference.weight_slots(), strict=True):
+        assert source.name == target.name
+        target.view.copy_(source.view)
     prepare_weights(ours)
     with cpu_path():
         prepare_weights(reference)
