@@ -116,9 +116,9 @@ def _shuffle_scales() -> None:
         found = read(tensor, reader, part)
         return found.roll(1, 0) if tensor.role == "scale" else found
 
-    def fill_draft(model: loader.Model, *args: Any) -> None:
+    def fill_draft(model: loader.Model, *args: Any, **options: Any) -> None:
         loader._read = shuffled if isinstance(model, Glm4MoeForCausalLMNextN) else read
-        fill(model, *args)
+        fill(model, *args, **options)
 
     loader._fill = fill_draft
 
@@ -139,9 +139,9 @@ def drop_draft_quantization() -> None:
             has_own_embedding=plan.has_own_embedding,
         )
 
-    def fill_raw(model: loader.Model, index: Any, layout: Layout, seed: int) -> None:
+    def fill_raw(model: loader.Model, index: Any, layout: Layout, seed: int, **options: Any) -> None:
         if not isinstance(model, Glm4MoeForCausalLMNextN):
-            return fill(model, index, layout, seed)
+            return fill(model, index, layout, seed, **options)
         with index.reader() as read:
             for name, view, _ in model.weight_slots():
                 view.copy_(read(name).view(view.shape))

@@ -137,3 +137,17 @@ def test_preemption_aborts_policy_and_shadow_check_keep_the_ranks_together(
         shadow = engine.draft_health().shadow
         assert shadow is not None
         assert (shadow.num_requests, shadow.num_disagreements) == (8, 0)
+
+
+@pytest.mark.parametrize("num_draft_steps", [3, None])
+def test_ranks_follow_decode_steps_on_the_device(
+    engine_over: EngineContext, folder: Path, num_draft_steps: int | None
+) -> None:
+    """Greedy and sampled, with rules and chunks; a rank knows from its own state what it computes next."""
+    options = {**OPTIONS, "model_path": checkpoint(folder), "num_draft_steps": num_draft_steps}
+    with engine_over(1, **options) as plain:
+        expected, stats = run_all(plain, requests()), plain.stats()
+    with engine_over(2, **options, decode_on_device=True) as engine:
+        assert run_all(engine, requests()) == expected
+        if num_draft_steps is not None:
+            assert engine.stats().accepted_per_position == stats.accepted_per_position

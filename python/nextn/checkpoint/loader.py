@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from nextn.checkpoint.dummy import fill_dummy
 from nextn.checkpoint.index import CheckpointIndex, TensorReader
@@ -61,7 +62,7 @@ def load_model(
     with device:
         target = Glm4MoeForCausalLM(plan.source.config, plan.quantization, dtype=dtype, tp=tp)
         draft = _build_draft(plan.draft, target, dtype, tp) if plan.draft is not None else None
-    _fill(target, plan.source.index, plan.layout, engine_config.random_seed)
+    _fill(target, plan.source.index, plan.layout, engine_config.random_seed, show=tp.is_first)
     if plan.draft is not None and draft is not None:
         _fill(draft, plan.draft.source.index, plan.draft.layout, engine_config.random_seed)
     for model in (target, draft):
@@ -84,8 +85,11 @@ def _build_draft(
     )
 
 
-def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int) -> None:
-    """Write every slot of the model: from the files, which the layout was checked against, or with random values."""
+def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int, *, show: bool = False) -> None:
+    """Write every slot of the model: from the files, which the layout was checked against, or with random values.
+
+    show: how far it is, where that takes a while
+    """
     if index is None:
         fill_dummy(model.weight_slots(), seed)
         return
@@ -93,7 +97,8 @@ def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int
     unwritten = dict(expected)
     slots = sorted(model.weight_slots(), key=lambda slot: index.tensors[slot.name].file.name)  # one file after another
     num_bytes = sum(slot.view.nbytes for slot in slots)
-    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="loading", disable=num_bytes < PROGRESS_BYTES)
+    bar = _progress(show and num_bytes >= PROGRESS_BYTES)
+    task = bar.add_task("loading", total=num_bytes)
     with index.reader() as read, bar:
         for name, view, part in slots:
             tensor = unwritten.pop(name)
@@ -101,8 +106,13 @@ def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int
                 view.copy_(part.of(_dequantized(tensor, expected, unwritten, read)))
             else:
                 view.copy_(_read(tensor, read, part).view(view.shape))
-            bar.update(view.nbytes)
+            bar.advance(task, view.nbytes)
     assert not unwritten, f"the model has no slot for {next(iter(unwritten))}"
+
+
+def _progress(is_shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
 
 
 def _dequantized(

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 
 import torch
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import track
 
 from nextn.protocol.ranks import DecodeBatch
 from nextn.speculative.decode_state import DecodeState
@@ -88,10 +89,10 @@ class DecodeRunner:
         slots = [self._state.scratch_row] * num_seqs
         return DecodeBatch(slots, [num_drafts] * num_seqs, num_drafts, is_greedy, [])
 
-    def record(self, max_seqs: int, draft_counts: Iterable[int]) -> None:
+    def record(self, max_seqs: int, draft_counts: Iterable[int], *, show: bool) -> None:
         """Record the step for every padded number of sequences, number of drafts, and way of choosing tokens.
 
-        Recordings share their memory, so the largest come first.
+        Recordings share their memory, so the largest come first. show: how far it is
         """
         started = time.monotonic()
         device = self._state.device
@@ -105,7 +106,8 @@ class DecodeRunner:
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        for size, num_drafts, is_greedy in tqdm(kinds, desc="recording CUDA graphs", unit="graph"):
+        console = Console(stderr=True)
+        for size, num_drafts, is_greedy in track(kinds, "recording CUDA graphs", console=console, disable=not show):
             batch = self._of_padding(size, num_drafts, is_greedy=is_greedy)
             rows = self._rows(batch, size).to(device)
             with torch.cuda.stream(stream):

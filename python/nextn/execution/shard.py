@@ -113,7 +113,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     if device.type == "cuda" or config.decode_on_device:
         runner = _decode_runner(config, loaded, proposer, kv_cache, context, max_drafts, tp)
         if config.enable_cuda_graph and device.type == "cuda":
-            runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts))
+            runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts), show=tp.is_first)
     return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, max_drafts, cycle, runner)
 
 
