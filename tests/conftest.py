@@ -21,7 +21,23 @@ from nextn.protocol.sampling import TokenSampling
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.interpreter import stand_in_for_a_gpu
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m gpu`` chooses the tests that run on a GPU where there is one."""
+    for item in items:
+        if {"device", "cuda"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.gpu)
+
+
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU, for what only a GPU can show."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and torch's CUDA build")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")
@@ -54,10 +70,15 @@ EngineFactory = Callable[..., Engine]
 
 @pytest.fixture(scope="session")
 def make_engine(tiny_checkpoint: Path) -> EngineFactory:
-    """Builds an engine over the tiny checkpoint; keyword arguments are EngineConfig's."""
+    """Builds an engine over the tiny checkpoint, on the CPU; keyword arguments are EngineConfig's."""
 
     def make(**options: Any) -> Engine:
-        defaults = {"model_path": str(tiny_checkpoint), "max_running_requests": 16, "num_draft_steps": 3}
+        defaults = {
+            "model_path": str(tiny_checkpoint),
+            "device": "cpu",
+            "max_running_requests": 16,
+            "num_draft_steps": 3,
+        }
         return Engine(EngineConfig(**{**defaults, **options}))
 
     return make

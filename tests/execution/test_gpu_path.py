@@ -21,6 +21,8 @@ from tests import checkpoints
 from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
 from tests.conftest import request, run_all
 
+pytestmark = pytest.mark.gpu
+
 CPU = torch.device("cpu")
 CONFIG = tiny_config(
     vocab_size=40,

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,10 +145,12 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", type=int, required=True, help="compute capability, such as 90")
     parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--part", type=int, default=0, help="which share of the kernels, from 0")
+    parser.add_argument("--parts", type=int, default=1, help="into how many shares they are divided, among processes")
     options = parser.parse_args(arguments)
     launches = [one for one in recorded(options.arch) if options.only in one.kernel.__name__]
-    with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(lambda one: compiled(one, options.arch), launches)
+    for one in launches[options.part :: options.parts]:
+        yield compiled(one, options.arch)
 
 
 if __name__ == "__main__":

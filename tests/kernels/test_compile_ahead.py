@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.kernels.published.common import SHARED_MEMORY
 
+PROCESSES = 2
 FEW_SPILLED_BYTES = 64
 """Of a thread's registers, about what is put aside once around a loop; what spills inside one is more."""
 TWO_REGISTERS = 8
@@ -20,20 +22,26 @@ TWO_REGISTERS = 8
 
 
 def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
-    """Figures of each kernel; see compile_ahead. In a process of its own, since here kernels may be interpreted."""
+    """Figures of each kernel; see compile_ahead. In processes of their own, since here kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch)],
-        capture_output=True,
-        text=True,
-        env={**environment, "TRITON_CACHE_DIR": str(cache)},
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch), "--parts", str(PROCESSES)]
+    running = [
+        subprocess.Popen(
+            [*command, "--part", str(part)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "TRITON_CACHE_DIR": str(cache)},
+            cwd=Path(__file__).parents[2],
+        )
+        for part in range(PROCESSES)
+    ]
+    with ThreadPoolExecutor(PROCESSES) as pool:  # both pipes are read, so that neither fills up
+        outputs = list(pool.map(lambda process: process.communicate()[0], running))
+    assert all(process.returncode == 0 for process in running), "see the processes' messages above"
+    return [json.loads(line) for output in outputs for line in output.splitlines()]
 
 
-@pytest.mark.timeout(900)  # some hundred runs of ptxas
+@pytest.mark.timeout(900)  # some three hundred runs of ptxas
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")

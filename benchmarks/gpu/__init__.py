@@ -1,0 +1,1 @@
+"""What a person with one NVIDIA card measures: ``python -m benchmarks.gpu``."""

@@ -1,0 +1,120 @@
+"""W8A8 products against torch's, which call cuBLAS or CUTLASS, in the shapes of GLM-4.5-Air and GLM-4.6."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from nextn.config.model_config import ModelConfig
+from nextn.kernels.fp8_matmul import MAX_TILES, w8a8_matmul
+from nextn.kernels.fp8_quantize import FP8
+
+from benchmarks.gpu.place import Place, attempt, check, poisoned
+from benchmarks.gpu.row import Goal, Outcome, Row
+from benchmarks.gpu.shapes import config_of
+
+FEW, MANY = (1, 4, 16, 64), (512, 2048, 8192)
+FEW_GOAL, MANY_GOAL = Goal(at_least=1.0), Goal(at_least=0.85)
+TOLERANCE = 0.05
+"""Of the root mean square: bfloat16 rounds by up to 0.02 of it, and FP8 units add with 14 bits within 128 products."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """weight: [N, K] codes, in copies that are read in turn"""
+
+    x: torch.Tensor
+    x_scale: torch.Tensor
+    weights: list[torch.Tensor]
+    weight_scale: torch.Tensor
+    counters: torch.Tensor
+
+    def ours(self, weight: torch.Tensor) -> torch.Tensor:
+        return w8a8_matmul(
+            self.x, self.x_scale, weight, self.weight_scale, out_dtype=torch.bfloat16, counters=self.counters
+        )
+
+    def torchs(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(
+            self.x, weight.t(), self.x_scale, self.weight_scale.t().contiguous(), out_dtype=torch.bfloat16
+        )
+
+    def exact(self, weight: torch.Tensor) -> torch.Tensor:
+        wide = (self.x.double() * self.x_scale.double(), weight.double() * self.weight_scale.double())
+        return wide[0] @ wide[1].t()
+
+
+def measure(place: Place) -> Iterator[Outcome]:
+    sizes = (*FEW, *MANY) if not place.is_rehearsal else (2, 70)
+    with place.on_device():
+        for done, m in enumerate(sizes):
+            for name in ("glm-4.5-air", "glm-4.6"):
+                place.check_time(3, f"{done} of {len(sizes)} numbers of rows")
+                yield attempt(f"W8A8 products of a layer, {name}, M = {m}", partial(_row, place, name, m))
+
+
+def linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(N, K) of the dense linears of a layer."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (queries + 2 * keys, hidden),
+        "o": (hidden, queries),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def _row(place: Place, name: str, m: int) -> Row:
+    """All linears of a layer in a row of the table; the goal is for each of them."""
+    details: list[dict[str, float | str]] = []
+    for linear, (n, k) in linears(config_of(name, place)).items():
+        product = _product(place, m, n, k)
+        with poisoned():
+            got = product.ours(product.weights[-1])
+        check(got, product.exact(product.weights[-1]), TOLERANCE, f"{linear}, M = {m}")
+        ours, torchs = (
+            place.seconds_per_call([partial(side, weight) for weight in product.weights])
+            for side in (product.ours, product.torchs)
+        )
+        details.append(
+            {
+                "linear": linear,
+                "M": m,
+                "N": n,
+                "K": k,
+                "us": 1e6 * ours,
+                "us of torch": 1e6 * torchs,
+                "ratio": torchs / ours,
+                "GB/s": n * k / ours / 1e9,
+                "TFLOP/s": 2 * m * n * k / ours / 1e12,
+            }
+        )
+    worst = min(details, key=lambda one: float(one["ratio"]))
+    ratios = [float(one["ratio"]) for one in details]
+    return Row(
+        f"W8A8 products of a layer, {name}, M = {m}",
+        FEW_GOAL if m <= FEW[-1] else MANY_GOAL,
+        sum(float(one["us"]) for one in details),
+        "µs",
+        min(ratios),
+        sum(float(one["us of torch"]) for one in details),
+        "torch._scaled_mm",
+        f"the ratio is {worst['linear']}'s, the least; their geometric mean {statistics.geometric_mean(ratios):.2f}",
+        tuple(details),
+    )
+
+
+def _product(place: Place, m: int, n: int, k: int) -> Product:
+    device = place.device
+    weights = [torch.randn(n, k, device=device, dtype=torch.bfloat16).to(FP8) for _ in range(place.copies_for(n * k))]
+    return Product(
+        (64 * torch.randn(m, k, device=device)).clamp(-448, 448).to(FP8),
+        torch.rand(m, 1, device=device) + 0.5,
+        weights,
+        torch.rand(n, 1, device=device) + 0.5,
+        torch.zeros(MAX_TILES, dtype=torch.int32, device=device),
+    )

@@ -1,0 +1,160 @@
+"""Where a section measures, how long it may, and how a kernel is timed there."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from benchmarks.gpu.row import Failure, Machine, Outcome, Row
+
+WINDOW = 0.02
+"""Seconds that a repeat takes at least: many times what starting it costs."""
+REPEATS = 5
+MAX_COPIES = 64
+
+
+class OutOfTimeError(Exception):
+    """A section's time is up before all of it was measured."""
+
+
+Way = Literal["gpu", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The GPU; or, in a rehearsal, the CPU, with Triton's interpreter or the kernels' torch references.
+
+    deadline: of the section, as time.monotonic
+    machine: its limits; None until they are measured
+    """
+
+    way: Way
+    deadline: float
+    machine: Machine | None = None
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.way != "gpu"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.is_rehearsal else "cuda")
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """The nextn functions called in this context are those of a GPU."""
+        if self.way != "triton":
+            return nullcontext()
+        return _interpreter()
+
+    def check_time(self, seconds: float, done: str) -> None:
+        """Raises OutOfTimeError if so many seconds are no longer left. done: what was measured so far."""
+        if time.monotonic() + seconds > self.deadline:
+            raise OutOfTimeError(f"out of time after {done}")
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written per second. Raises RuntimeError if it was not measured."""
+        if self.machine is None or self.machine.copy_bandwidth is None:
+            raise RuntimeError("the copy bandwidth was not measured: see the section machine")
+        return self.machine.copy_bandwidth
+
+    @property
+    def fp8_flops(self) -> float:
+        """Of a large dense product. Raises RuntimeError if it was not measured."""
+        if self.machine is None or self.machine.fp8_flops is None:
+            raise RuntimeError("the FP8 peak was not measured: see the section machine")
+        return self.machine.fp8_flops
+
+    def copies_for(self, num_bytes: int) -> int:
+        """So many copies of a tensor that none is still in the L2 cache when its turn comes again."""
+        if self.is_rehearsal:
+            return 2
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size or 64 << 20
+        return min(max(-(-3 * cache // num_bytes), 2), MAX_COPIES)
+
+    def seconds_per_call(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Median time of one of the calls, which run in turn as one recorded graph."""
+        if self.is_rehearsal:
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - started) / len(calls)
+        graph = _recorded(calls)
+        repeats = max(round(WINDOW / max(_replayed(graph, 1), 1e-6)), 1)
+        return statistics.median(_replayed(graph, repeats) for _ in range(REPEATS)) / len(calls)
+
+
+@contextmanager
+def _interpreter() -> Iterator[None]:
+    import pytest
+
+    from tests.interpreter import stand_in_for_a_gpu
+
+    with pytest.MonkeyPatch.context() as patches:
+        stand_in_for_a_gpu(patches)
+        yield
+
+
+def _recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles kernels, and lets libraries make what cannot be made while recording
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    """Seconds per replay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def attempt(what: str, run: Callable[[], Row]) -> Outcome:
+    """One figure that cannot be measured does not stop those after it."""
+    try:
+        return run()
+    except Exception as error:
+        return Failure(what, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is full of NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(got: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str) -> None:
+    """Raises AssertionError if an element is further off than ``tolerance`` times the root mean square of all.
+
+    got: what a kernel made; exact: the same in float64
+    """
+    assert bool(got.isfinite().all()), f"{what}: there are elements that are not finite, or not written"
+    scale = float(exact.square().mean().sqrt())
+    worst = float((got.double() - exact).abs().max()) / max(scale, 1e-30)
+    assert worst <= tolerance, (
+        f"{what}: an element is off by {worst:.3g} of their root mean square; allowed {tolerance:g}"
+    )

@@ -1,0 +1,209 @@
+"""The measurement on a GPU, as far as a machine without one can try it: every section runs, and none stops another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from nextn.config.model_config import ModelConfig
+from nextn.kernels.verify import NO_TOKEN
+
+from benchmarks.gpu.__main__ import SECTIONS, TOTAL
+from benchmarks.gpu.floors import best_ratio, step_bytes
+from benchmarks.gpu.isolation import run_isolated
+from benchmarks.gpu.model import idle_share, layers_that_fit, pinned
+from benchmarks.gpu.place import OutOfTimeError, Place, check
+from benchmarks.gpu.report import as_markdown, cells
+from benchmarks.gpu.row import Failure, Goal, Outcome, Row
+from benchmarks.gpu.tests_on_gpu import functions_of_gpu, row_of
+from tests.headers import published_config
+
+ROOT = Path(__file__).parents[2]
+AIR = ModelConfig.from_dict(published_config("glm-4.5-air", "channel"))
+
+
+def rehearse(*flags: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.gpu", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_section_says_what_it_measured_in_both_files(tmp_path: Path) -> None:
+    files = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    # These two start processes of their own, of which other tests know.
+    printed = rehearse(
+        "--rehearse", "torch", "--skip", "tests", "draft", "--json", str(files[0]), "--markdown", str(files[1])
+    )
+    found: dict[str, Any] = json.loads(files[0].read_text())
+    table = files[1].read_text()
+    assert set(found["sections"]) == set(SECTIONS) - {"tests", "draft"}
+    for name, section in found["sections"].items():
+        assert section["failures"] == []
+        assert section["rows"] or name == "machine"
+        for row in section["rows"]:
+            assert row["what"] in table
+            assert row["what"] in printed
+            assert row["ratio"] >= 0
+    assert found["machine"]["copy_bandwidth"] > 0
+    assert table.startswith("REHEARSAL")
+    assert "| rehearsed |" in table
+    drafted = [row["what"] for row in found["sections"]["model"]["rows"] if "3 drafts" in row["what"]]
+    assert drafted
+    assert all("accept length 3.00" in what for what in drafted)
+
+
+def test_kernels_run_in_tritons_interpreter_and_are_held_to_float64() -> None:
+    assert "FP8 KV" in rehearse("--rehearse", "--only", "attention")
+
+
+def _row(what: str) -> Row:
+    return Row(what, Goal(at_least=0.5), 2.0, "ms", 0.75, 1.5, "floor")
+
+
+def _good(place: Place) -> Iterator[Outcome]:
+    yield _row("first")
+    yield _row("second")
+
+
+def _failing(place: Place) -> Iterator[Outcome]:
+    yield _row("first")
+    raise ValueError("no such kernel")
+
+
+def _dying(place: Place) -> Iterator[Outcome]:
+    yield _row("first")
+    os._exit(13)
+
+
+def _late(place: Place) -> Iterator[Outcome]:
+    yield _row("first")
+    raise OutOfTimeError("out of time after first")
+
+
+def _outcomes(section: Any, seconds: float = 60) -> list[Outcome]:
+    return list(run_isolated("some", section, Place("torch", time.monotonic() + seconds)))
+
+
+@pytest.mark.parametrize(
+    ("section", "error"),
+    [(_failing, "no such kernel"), (_dying, "exit code 13"), (_late, "out of time after first")],
+)
+def test_a_section_that_fails_keeps_what_it_had(section: Any, error: str) -> None:
+    row, failure = _outcomes(section)
+    assert row == _row("first")
+    assert isinstance(failure, Failure)
+    assert error in failure.error
+    assert _outcomes(_good) == [_row("first"), _row("second")], "the next section runs"
+
+
+def test_a_section_that_hangs_is_stopped_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.isolation.GRACE", 0.1)
+    file = tmp_path / "pid"
+
+    def hanging(place: Place) -> Iterator[Outcome]:
+        file.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+        yield _row("first")
+        time.sleep(600)
+
+    row, failure = _outcomes(hanging, seconds=1)
+    assert row == _row("first")
+    assert isinstance(failure, Failure)
+    assert "did not end in its time" in failure.error
+    deadline = time.monotonic() + 10
+    while _is_alive(int(file.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_all_sections_together_take_ten_minutes_at_most() -> None:
+    assert TOTAL < 600
+    assert sum(SECTIONS.values()) <= TOTAL
+
+
+def test_the_floor_of_a_step_is_what_the_shapes_say() -> None:
+    assert step_bytes(AIR, 1) == pytest.approx(13.4e9, rel=0.02)
+    assert step_bytes(AIR, 1) / 4.3e12 == pytest.approx(3.1e-3, rel=0.02)
+    for batch, milliseconds, best in ((1, 3.1, 1.17), (4, 6.9, 1.16), (16, 16.6, 1.88), (64, 24.5, 2.69)):
+        assert 1e3 * step_bytes(AIR, batch) / 4.3e12 == pytest.approx(milliseconds, rel=0.03)
+        assert best_ratio(AIR, batch, 3, 3.0) == pytest.approx(best, rel=0.03)
+
+
+def test_as_many_layers_are_measured_as_a_card_holds() -> None:
+    fits = {size: layers_that_fit(AIR, int(0.9 * size * 2**30), 64 * 512) for size in (24, 79, 139, 178)}
+    assert fits[139] == fits[178] == 46
+    assert 20 < fits[79] < 32
+    assert 2 <= fits[24] < 7
+
+
+def test_idle_is_what_no_interval_covers() -> None:
+    assert idle_share([(0, 1), (1, 2)]) == 0
+    assert idle_share([(3, 4), (0, 1)]) == pytest.approx(0.5)
+    assert idle_share([(0, 3), (1, 2), (4, 5)]) == pytest.approx(0.2)
+
+
+def test_pinned_acceptance_keeps_two_drafts_or_a_shorter_chain() -> None:
+    drafts = torch.tensor([[5, 6, 7], [5, 6, 7], [5, NO_TOKEN, NO_TOKEN]])
+    tokens = torch.tensor([[9, -1, -1, -1], [5, 6, 7, 8], [4, -1, -1, -1]])
+    num, chain = pinned(torch.tensor([0, 3, 0]), tokens, drafts)
+    assert num.tolist() == [2, 2, 1]
+    assert chain.tolist() == [[5, 6, 9, -1], [5, 6, 8, -1], [5, 4, -1, -1]]
+
+
+def test_a_wrong_element_or_an_unwritten_one_fails_the_check() -> None:
+    exact = torch.randn(64, 64, dtype=torch.float64)
+    check(exact.bfloat16(), exact, 0.05, "rounded")
+    wrong = exact.bfloat16()
+    wrong[3, 5] += 0.5
+    with pytest.raises(AssertionError, match="off by"):
+        check(wrong, exact, 0.05, "wrong")
+    wrong[3, 5] = float("nan")
+    with pytest.raises(AssertionError, match="not written"):
+        check(wrong, exact, 0.05, "unwritten")
+
+
+def test_goals_bound_ratios_from_either_side() -> None:
+    assert Goal(at_least=0.75).is_met_by(0.75)
+    assert not Goal(at_most=1.3).is_met_by(1.31)
+    assert not Goal(0.95, 1.05).is_met_by(0.9)
+    assert cells(_row("some"))[1:6] == ("≥ 0.5", "2 ms", "1.5 ms, floor", "0.75", "yes")
+    assert "| NO |" in as_markdown("", {"some": [Row("slow", Goal(at_least=1), 1, "ms", 0.5)]}, is_rehearsal=False)
+
+
+def test_failed_and_skipped_tests_are_counted() -> None:
+    report = ElementTree.fromstring(
+        "<testsuites><testsuite time='2.5'><testcase name='a'/><testcase name='b'><skipped/></testcase>"
+        "<testcase name='c'><failure message='off by 3'/></testcase><testcase name='d'><error message='no'/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    row = row_of("tests/some.py", [report])
+    assert (row.measured, row.ratio, row.is_met) == (1, 2, False)
+    assert "c, d" in row.note
+
+
+def test_tests_of_kernels_and_of_the_gpu_are_found() -> None:
+    found = functions_of_gpu()
+    assert "test_a_replayed_step_sees_new_requests" in found["tests/gpu/test_on_gpu.py"]
+    assert "test_a_memory_plan_adds_up" not in found["tests/gpu/test_on_gpu.py"]
+    assert "test_per_block" in found["tests/kernels/test_triton_matmul.py"]
+    assert "tests/kernels/test_fp8.py" not in found
