@@ -102,7 +102,7 @@ def _engine(folder: Path, **options: object) -> Engine:
         "canary": "off",
         "page_size": 4,
     }
-    return Engine(EngineConfig(model_path=str(folder), canary="off", **{**defaults, **options}))  # type: ignore[arg-type]
+    return Engine(EngineConfig(model_path=str(folder), **{**defaults, **options}))  # type: ignore[arg-type]
 
 
 PROMPTS = [[3, 9, 1, 22, 7, 7], [30, 2]]

@@ -24,7 +24,8 @@ class EngineConfig:
     decode_on_device: take a GPU's way of decoding on a CPU too; slower there, for tests
     context_length: None takes max_position_embeddings
     max_total_tokens: KV slots in all; None picks a size from memory
-    chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts
+    chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts; None is 512 on a CPU and
+        4096 on a GPU
     tokenizer_path: folder of the tokenizer that the canary's text is for; None is model_path
     shadow_rate: share of finished requests that are scored again without speculation
     canary: what happens when the draft fails its trial at start; "off" has none
@@ -49,7 +50,7 @@ class EngineConfig:
     max_running_requests: int = 64
     max_queued_requests: int = 1024
     max_total_tokens: int | None = None
-    chunked_prefill_size: int = 512
+    chunked_prefill_size: int | None = None
     schedule_policy: Literal["fcfs", "priority"] = "fcfs"
     page_size: int = 16
     enable_prefix_cache: bool = True

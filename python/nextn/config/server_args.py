@@ -78,7 +78,13 @@ class ServerArgs:
     max_total_tokens: int | None = _option(
         None, _SCHEDULE, "KV pool size in tokens; default: from free memory", kind=int, least=2
     )
-    chunked_prefill_size: int = _option(512, _SCHEDULE, "most prompt tokens per step; -1: whole prompts", least=-1)
+    chunked_prefill_size: int | None = _option(
+        None,
+        _SCHEDULE,
+        "most prompt tokens per step; -1: whole prompts; default: 512 on a CPU, 4096 on a GPU",
+        kind=int,
+        least=-1,
+    )
     schedule_policy: str = _option("fcfs", _SCHEDULE, "order of waiting requests", choices=("fcfs", "priority"))
     page_size: int = _option(16, _SCHEDULE, "tokens per KV page", least=1, most=1024)
     disable_radix_cache: bool = _option(False, _SCHEDULE, "do not reuse the KV of shared prefixes")

@@ -56,7 +56,7 @@ class Engine:
             SchedulerConfig(
                 max_running=config.max_running_requests,
                 max_queued=config.max_queued_requests,
-                max_prefill_tokens=max(config.chunked_prefill_size, 0),
+                max_prefill_tokens=shard.max_prefill_tokens,
                 context_length=self.context_length,
                 num_drafts=num_drafts,
                 by_priority=config.schedule_policy == "priority",

@@ -30,8 +30,8 @@ DEFAULT_NUM_DRAFT_STEPS = 3
 MAX_NUM_DRAFT_STEPS = 5
 """The most that the policy tries."""
 
-MEASURED_CHUNK = 2048
-"""Prompt tokens whose memory is measured where --chunked-prefill-size sets no bound."""
+PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Most prompt tokens of a step. A GPU reads most experts for any prompt; the more tokens share that, the better."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class ModelShard:
     """num_pages: in the KV pool without the scratch page, the same on every rank; context_length: most tokens of one
         request
     bytes_per_token: of the pool, on this rank
+    max_prefill_tokens: most prompt tokens of a step; 0 is no bound
     max_draft_steps: the most drafts of a step
     runner: of decode steps, on a GPU
     """
@@ -50,6 +51,7 @@ class ModelShard:
     num_pages: int
     context_length: int
     bytes_per_token: int
+    max_prefill_tokens: int
     max_draft_steps: int
     cycle: SpeculativeCycle
     runner: DecodeRunner | None
@@ -78,6 +80,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     stored = kv_dtype(config, dtype)
     bytes_per_token = kv_bytes_per_token(model_config, dtype, stored, has_draft=has_draft, tp_size=tp.size)
     max_drafts = _max_drafts(config, has_draft)
+    chunk = PREFILL_TOKENS[device.type] if config.chunked_prefill_size is None else max(config.chunked_prefill_size, 0)
 
     def kv_cache_of(num_pages: int) -> KVCache:
         return make_kv_cache(
@@ -93,7 +96,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     if device.type == "cpu":
         free = free_for_kv_on_cpu() // tp.ranks_per_node
     else:
-        plan = _measured_plan(config, loaded, max_drafts, kv_cache_of, device, tp)
+        plan = _measured_plan(config, loaded, chunk or context, max_drafts, kv_cache_of, device, tp)
         plan.check(bytes_per_token, 2 * config.page_size)
         logger.info("%s", plan.as_table())
         free = plan.kv
@@ -114,7 +117,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
         runner = _decode_runner(config, loaded, proposer, kv_cache, context, max_drafts, tp)
         if config.enable_cuda_graph and device.type == "cuda":
             runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts), show=tp.is_first)
-    return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, max_drafts, cycle, runner)
+    return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, chunk, max_drafts, cycle, runner)
 
 
 def _max_drafts(config: EngineConfig, has_draft: bool) -> int:
@@ -156,6 +159,7 @@ def _decode_runner(
 def _measured_plan(
     config: EngineConfig,
     loaded: LoadedModel,
+    chunk: int,
     max_drafts: int,
     kv_cache_of: Callable[[int], KVCache],
     device: torch.device,
@@ -166,8 +170,7 @@ def _measured_plan(
     free, total = torch.cuda.mem_get_info(device)
     weights = torch.cuda.memory_allocated(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    chunk = config.chunked_prefill_size if config.chunked_prefill_size > 0 else MEASURED_CHUNK
-    chunk = min(chunk, loaded.model_config.max_position_embeddings)
+    chunk = min(chunk, config.context_length or loaded.model_config.max_position_embeddings)
     num_pages = -(-chunk // config.page_size)
     kv_cache = kv_cache_of(num_pages)
     proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
