@@ -25,6 +25,7 @@ class Attention(nn.Module):
     """One layer's attention over the KV pool's layer ``layer``: the rank's heads of it.
 
     qk_norm: [2, head_dim], the RMSNorm weights of all query heads and of all key heads, or None
+    input_format: how its input should come; None for wide
     packed_kv: the rows of k and v in qkv_proj, for tokens whose queries nobody reads
     """
 
@@ -62,6 +63,7 @@ class Attention(nn.Module):
         self.qk_norm = torch.empty(2, config.head_dim, dtype=dtype) if config.use_qk_norm else None
         self.packed_kv = rows_from(self.qkv_proj.packed, len(q_rows))
         self.batch_invariant = False
+        self.input_format: InputFormat | None = None
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.qkv_proj.weight_slots()
@@ -83,6 +85,7 @@ class Attention(nn.Module):
     def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and qkv_proj prepared."""
         self.batch_invariant = batch_invariant
+        self.input_format = self.qkv_proj.input_format
         self.packed_kv = rows_from(self.qkv_proj.packed, self.num_heads * self.head_dim)
 
     def forward(
@@ -104,11 +107,6 @@ class Attention(nn.Module):
         attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale, batch_invariant=self.batch_invariant)
         out = self.o_proj.forward(attended.reshape(q.shape[0], -1), residual if self.tp.is_first else None)
         return self.tp.all_reduce(out)
-
-    @property
-    def input_format(self) -> InputFormat | None:
-        """How its input should come; None for wide."""
-        return self.qkv_proj.input_format
 
     def write_kv(
         self, x: torch.Tensor | Rows, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache

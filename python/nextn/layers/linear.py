@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from nextn.kernels.linear import InputFormat, PackedWeight, Rows, StoredWeight, Weight, linear
+from nextn.kernels.linear import InputFormat, PackedWeight, Rows, Weight, linear
 from nextn.layers.storage import Part, Shard, Slot, make_scales, make_weight, pack, weight_slots
 from nextn.quantization.scheme import QuantizationConfig, scheme_of
 
@@ -18,6 +18,7 @@ class Linear(nn.Module):
     Weights are plain tensors, not parameters: nothing trains here, and reading an attribute stays cheap.
 
     weight: [Σ rows, in_features]; FP8 codes until ``prepare``, where the scheme is quantized; the storage may be given
+    input_format: how its activations should come; None for wide
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Linear(nn.Module):
         rows = sum(shard.num_rows for shard in shards)
         self.bias = torch.empty(rows, dtype=dtype) if bias else None
         self.packed: Weight = PackedWeight(self.weight, self.weight.t(), self.bias)
+        self.input_format: InputFormat | None = None
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from weight_slots(self.shards, self.scheme, self.weight, self.scales)
@@ -55,11 +57,8 @@ class Linear(nn.Module):
         self.weight = self.packed.weight
         if isinstance(self.packed, PackedWeight):
             self.scales = None
-
-    @property
-    def input_format(self) -> InputFormat | None:
-        """How its activations should come; None for wide."""
-        return self.packed.input_format if isinstance(self.packed, StoredWeight) else None
+        else:
+            self.input_format = self.packed.input_format
 
     def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: [T, in_features]; residual: [T, Σ rows]. Returns [T, Σ rows]."""

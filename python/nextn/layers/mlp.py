@@ -20,6 +20,7 @@ from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_o
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)) (Shazeer, 2020).
 
+    input_format: how its input should come; None for wide
     storage: where the weights of gate and up, and of down, are to be; made where not given
     """
 
@@ -44,6 +45,7 @@ class MLP(nn.Module):
         shards = [Shard.of_columns(down, hidden_size, inner)]
         self.down_proj = Linear(len(inner), shards, quant_config, dtype=dtype, weight=for_down)
         self.packed: PackedExperts | None = self._pack()
+        self.input_format: InputFormat | None = None
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.gate_up_proj.weight_slots()
@@ -52,17 +54,13 @@ class MLP(nn.Module):
     def prepare(self, *, batch_invariant: bool) -> None:
         """Once loaded, and its linears prepared: put the two together."""
         self.packed = self._pack()
+        self.input_format = self.gate_up_proj.input_format
 
     def _pack(self) -> PackedExperts | None:
         gate_up, down = self.gate_up_proj.packed, self.down_proj.packed
         if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
             return pack_experts((), (), (gate_up, down))
         return None
-
-    @property
-    def input_format(self) -> InputFormat | None:
-        """How its input should come; None for wide."""
-        return self.gate_up_proj.input_format
 
     def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x, residual: [T, H]. Returns [T, H], residual + mlp(x)."""

@@ -25,7 +25,10 @@ from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_o
 
 
 class MoE(nn.Module):
-    """y = Σ wₑ · expertₑ(x) + shared(x) (DeepSeek-V3, section 2.1.2, as GLM-4.5 uses it)."""
+    """y = Σ wₑ · expertₑ(x) + shared(x) (DeepSeek-V3, section 2.1.2, as GLM-4.5 uses it).
+
+    input_format: how its input should come beside wide, for the router; None for nothing else
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class MoE(nn.Module):
         self.packed_gate = PackedWeight(self.gate, self.gate.t(), None)
         self.packed: PackedExperts | StackedExperts = self._pack()
         self.batch_invariant = False
+        self.input_format: InputFormat | None = None
         self.counters: torch.Tensor | None = None
 
     def weight_slots(self) -> Iterator[Slot]:
@@ -66,7 +70,9 @@ class MoE(nn.Module):
         """Once loaded, and the experts prepared: put routed and shared experts together."""
         self.batch_invariant = batch_invariant
         if gpu.suits(self.gate):
-            self.packed = self._stack()
+            self.packed = stacked = self._stack()
+            if stacked.w13_scale is not None and gpu.has_fp8_units(self.gate.device):
+                self.input_format = InputFormat(None if stacked.block is None else stacked.block[1])
             self.counters = torch.zeros(MAX_TOKEN_TILES, dtype=torch.int32, device=self.gate.device)
         else:
             self.packed_gate = pack_weight(self.gate)
@@ -86,14 +92,6 @@ class MoE(nn.Module):
             return self.experts.stacked(())
         linears = (shared.gate_up_proj, shared.down_proj)
         return self.experts.stacked([shard_scale(one.shards, one.scheme, one.scales)[0] for one in linears])
-
-    @property
-    def input_format(self) -> InputFormat | None:
-        """How its input should come, beside wide; None for nothing else."""
-        packed = self.packed
-        if isinstance(packed, PackedExperts) or packed.w13_scale is None or not gpu.has_fp8_units(packed.w13.device):
-            return None
-        return InputFormat(None if packed.block is None else packed.block[1])
 
     def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x, residual: [T, H]. Returns [T, H], residual + moe(x)."""

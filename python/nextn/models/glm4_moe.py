@@ -52,11 +52,12 @@ class Glm4MoeDecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
         """x: [T, H], the residual stream. Returns [R, H], for the tokens whose output is read; mostly all."""
-        normed = self.input_layernorm.forward_for(x, self.self_attn.input_format)
+        attention, mlp = self.self_attn, self.mlp
+        normed = self.input_layernorm.forward_for(x, attention.input_format)
         if batch.output_rows is not None:
             x = x.index_select(0, batch.output_rows)
-        x = self.self_attn.forward(normed, rotation, batch, kv_cache, residual=x)
-        return self.mlp.forward(self.post_attention_layernorm.forward_for(x, self.mlp.input_format), residual=x)
+        x = attention.forward(normed, rotation, batch, kv_cache, residual=x)
+        return mlp.forward(self.post_attention_layernorm.forward_for(x, mlp.input_format), residual=x)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
         """Only write the tokens' KV, where nothing reads the output. x: [T, H]; slot_mapping: [T] int64."""
