@@ -92,8 +92,8 @@ def specialised(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, An
             constants = {**constants, name: 1}
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        is_aligned = isinstance(value, int) and value != 1 and value % 16 == 0 and name not in kernel.do_not_specialize
-        if isinstance(value, torch.Tensor) or is_aligned:
+        is_aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0)
+        if is_aligned and name not in kernel.do_not_specialize:
             attributes[kernel.arg_names.index(name),] = [["tt.divisibility", 16]]
     everything = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     return ASTSource(kernel, signature=everything, constexprs=constants, attrs=attributes)

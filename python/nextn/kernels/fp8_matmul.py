@@ -104,11 +104,12 @@ def block_fp8_matmul(
 
     x: [M, K] float8_e4m3fn with x_scale [M, ⌈K / block_k⌉] float32; or bfloat16 or float16 without a scale
     weight: [N, K] float8_e4m3fn; weight_scale: [⌈N / block_n⌉, ⌈K / block_k⌉] float32
-    Others as for ``w8a8_matmul``. Triton serves a block_k that is a power of two, from 16 on.
+    Others as for ``w8a8_matmul``. Triton serves a block_k that is a power of two, from 16 on, or 32 for FP8 x.
     Returns [M, N] in out_dtype.
     """
     block_n, block_k = block
-    if gpu.suits(x, weight) and block_k >= 16 and block_k == gpu.next_power_of_2(block_k):
+    # FP8 units multiply 32 elements along K at least.
+    if gpu.suits(x, weight) and block_k >= 32 // x.dtype.itemsize and block_k == gpu.next_power_of_2(block_k):
         return _launch_matmul(
             x, x_scale, weight, weight_scale, block, bias, residual, out_dtype, counters, batch_invariant
         )

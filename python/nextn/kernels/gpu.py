@@ -38,7 +38,8 @@ __all__ = [
 def jit(function: Callable[..., Any] | None = None, *, varying: tuple[str, ...] = ()) -> Any:
     """``triton.jit``; the bare function, which nobody calls, where there is no Triton.
 
-    varying: integers that change from step to step, so that one compiled kernel serves all their values
+    varying: integers that change from step to step, and tensors that begin anywhere in others, so that one compiled
+        kernel serves all their values, and all alignments
     """
     if function is None:
         return partial(jit, varying=varying)
@@ -47,7 +48,12 @@ def jit(function: Callable[..., Any] | None = None, *, varying: tuple[str, ...] 
 
 def suits(*tensors: torch.Tensor | None) -> bool:
     """Whether Triton's kernels can take these tensors."""
-    return triton is not None and all(x is None or x.is_cuda for x in tensors)
+    if triton is None:
+        return False
+    for x in tensors:  # noqa: SIM110 - asked several times a layer; a generator takes twice as long
+        if x is not None and not x.is_cuda:
+            return False
+    return True
 
 
 def launch(

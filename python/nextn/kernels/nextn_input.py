@@ -217,7 +217,7 @@ def _launch_projection(
     return out
 
 
-@jit
+@jit(varying=("input_ids",))
 def _norm_factors(  # type: ignore[no-untyped-def]
     input_ids, embedding, hidden_states, factors, size, hidden_stride, eps, BLOCK: tl.constexpr
 ):
@@ -232,7 +232,7 @@ def _norm_factors(  # type: ignore[no-untyped-def]
     tl.store(factors + token * 2 + half, 1.0 / tl.sqrt_rn(tl.sum(values * values, 0) / size + eps))
 
 
-@jit(varying=("num_tokens",))
+@jit(varying=("input_ids", "num_tokens"))
 def _project(  # type: ignore[no-untyped-def]
     input_ids,
     embedding,

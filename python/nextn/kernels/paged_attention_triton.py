@@ -166,7 +166,7 @@ def _launch_tiles(
     items = (layout.starts, layout.cu_seqlens_q, num_seqs, shortest, longest, wanted_items)
     gpu.launch(
         _attend_tiles,
-        (num_items, num_kv_heads),
+        (num_items * num_kv_heads,),
         q,
         *caches,
         out,
@@ -174,6 +174,7 @@ def _launch_tiles(
         maxima,
         *items,
         num_items,
+        num_kv_heads,
         layout.page_table,
         scale * math.log2(math.e),
         layout.first_key,
@@ -322,7 +323,12 @@ def attend_keys(  # type: ignore[no-untyped-def]
     return sums, maxima, totals
 
 
-@jit(varying=("num_seqs", "shortest", "longest", "wanted_items", "num_items", "table_stride"))
+@jit(
+    varying=(
+        *("starts", "cu_seqlens_q", "page_table"),
+        *("num_seqs", "shortest", "longest", "wanted_items", "num_items", "table_stride"),
+    )
+)
 def _attend_tiles(  # type: ignore[no-untyped-def]
     q,
     k_cache,
@@ -337,6 +343,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     longest,
     wanted_items,
     num_items,
+    num_kv_heads,
     page_table,
     scale,
     first_key,
@@ -357,8 +364,11 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program (item, KV head). IS_SPLIT: an item is a tile and a part of its keys, else a tile."""
-    item, kv_head = tl.program_id(0), tl.program_id(1)
+    """Program item · num_kv_heads + KV head: what runs together reads all of a token's keys, which lie side by side.
+
+    IS_SPLIT: an item is a tile and a part of its keys, else a tile.
+    """
+    item, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     items, part_blocks = items_of_sequences(
         starts, cu_seqlens_q, num_seqs, shortest, longest, wanted_items,
         IS_SPLIT, INVARIANT, PART_BLOCKS, GROUP, BLOCK_M, BLOCK_N, BLOCK_S,
@@ -436,18 +446,18 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
     if num_parts > 1:
-        item_places = (item.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + tl.arange(0, BLOCK_M)
+        item_places = (item.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(maxima_of_items + item_places, maxima)
-        tl.store(maxima_of_items + num_items.to(tl.int64) * tl.num_programs(1) * BLOCK_M + item_places, totals)
+        tl.store(maxima_of_items + num_items.to(tl.int64) * num_kv_heads * BLOCK_M + item_places, totals)
         tl.store(sums_of_items + item_places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], sums)
         return
-    num_heads = tl.num_programs(1) * GROUP
+    num_heads = num_kv_heads * GROUP
     places = (first_row + tokens)[:, None] * (num_heads * HEAD_DIM) + dims
     mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
     tl.store(out + places, mean.to(out.dtype.element_ty), mask=is_row[:, None])
 
 
-@jit(varying=("num_seqs", "shortest", "longest", "wanted_items", "num_items"))
+@jit(varying=("starts", "cu_seqlens_q", "num_seqs", "shortest", "longest", "wanted_items", "num_items"))
 def _merge_parts(  # type: ignore[no-untyped-def]
     out,
     sums_of_items,

@@ -261,7 +261,7 @@ def _adjusted(
     return adjusted.masked_fill(forbidden & known.repeat_interleave(each.shape[1], 0), float("-inf"))
 
 
-@jit
+@jit(varying=("slots", "positions", "draft_tokens", "rows_per_seq", "num_before", "draft_stride"))
 def _adjust_rows(  # type: ignore[no-untyped-def]
     logits,
     out,
@@ -344,7 +344,7 @@ def _adjust_rows(  # type: ignore[no-untyped-def]
             tl.store(out + offsets, tl.full((CHUNK,), float("-inf"), tl.float32), mask=forbidden)
 
 
-@jit
+@jit(varying=("slots", "tokens", "n", "width"))
 def _count_tokens(output_counts, slots, tokens, n, width, vocab_size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n

@@ -85,7 +85,7 @@ def _mixed(z):  # type: ignore[no-untyped-def]
     return z ^ (z >> 31)
 
 
-@jit
+@jit(varying=("seeds", "positions", "n", "width"))
 def _uniform_numbers(seeds, positions, out, n, width, STREAM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n

@@ -165,7 +165,7 @@ def fp8_codes(x):  # type: ignore[no-untyped-def]
     return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
-@jit
+@jit(varying=("positions", "slot_mapping"))
 def _rope_and_cache(  # type: ignore[no-untyped-def]
     qkv,
     qk_norm,

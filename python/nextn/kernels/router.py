@@ -109,15 +109,19 @@ def route(
 def choose_config(
     num_tokens: int, num_experts: int, hidden: int, processors: int, *, batch_invariant: bool
 ) -> RouterConfig:
-    """processors: streaming multiprocessors of the card."""
+    """processors: streaming multiprocessors of the card. Each split is compiled for, so they are powers of two."""
     max_split = min(max(hidden // 512, 1), 8)
+
+    def split_for(programs: int, tiles: int) -> int:
+        return min(gpu.next_power_of_2(max(programs // tiles, 1)), max_split)
+
     if batch_invariant:
         return RouterConfig(16, 32, 128, max_split, num_stages=5)
     if num_tokens <= 256:
         tiles = gpu.cdiv(num_tokens, 16) * gpu.cdiv(num_experts, 16)
-        return RouterConfig(16, 16, 128, min(max(processors // tiles, 1), max_split), num_stages=5)
+        return RouterConfig(16, 16, 128, split_for(processors, tiles), num_stages=5)
     tiles = gpu.cdiv(num_tokens, 64) * gpu.cdiv(num_experts, 32)
-    return RouterConfig(64, 32, 64, min(max(2 * processors // tiles, 1), max_split), num_stages=3)
+    return RouterConfig(64, 32, 64, split_for(2 * processors, tiles), num_stages=3)
 
 
 def _launch_route(

@@ -251,7 +251,7 @@ def _exponential(x, largest, divisor):  # type: ignore[no-untyped-def]
     return tl.exp(tl.math.div_rn(x - finite, tl.zeros_like(x) + divisor))
 
 
-@jit
+@jit(varying=("temperature",))
 def _parts_of_rows(  # type: ignore[no-untyped-def]
     logits, temperature, best, sums, vocab_size, parts, WITH_SUMS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -313,7 +313,7 @@ def _levels(peak, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.where(i == LEVELS - 1, above_zero, peak * ratio)
 
 
-@jit
+@jit(varying=("temperature", "top_k", "top_p", "min_p"))
 def _normalise(  # type: ignore[no-untyped-def]
     logits,
     temperature,
@@ -401,7 +401,7 @@ def _lowest_level(  # type: ignore[no-untyped-def]
     return lowest, tl.sum(tl.where(chosen, thresholds, 0.0), 0), tl.sum(tl.where(chosen, count, 0), 0)
 
 
-@jit
+@jit(varying=("temperature", "top_k", "top_p", "min_p"))
 def _gather_candidates(  # type: ignore[no-untyped-def]
     temperature,
     top_k,
@@ -474,7 +474,7 @@ def _bisect(source, num, low, high, target, MASS: tl.constexpr, BLOCK: tl.conste
     return high
 
 
-@jit
+@jit(varying=("temperature", "top_k", "top_p", "min_p"))
 def _truncate_rows(  # type: ignore[no-untyped-def]
     temperature,
     top_k,
@@ -585,7 +585,7 @@ def token_to_draw(mass, offsets, threshold, vocab_size):  # type: ignore[no-unty
     return tl.minimum(token, vocab_size - 1)
 
 
-@jit
+@jit(varying=("uniform",))
 def _draw_rows(  # type: ignore[no-untyped-def]
     probs, uniform, masses, out, vocab_size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):

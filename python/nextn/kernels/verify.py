@@ -65,8 +65,8 @@ def verify_chains(
     with one-hot rows; so a batch may mix both.
 
     target_probs: [S, k + 1, V] float32, rows sum to 1
-    draft_probs: [S, k, V] float32, the distributions that the drafts were drawn from, zero rows beyond a chain's end;
-        rows may lie anywhere. None where every draft was chosen without chance, so that its own probability was 1
+    draft_probs: [S, k, V] float32, the distributions that the drafts were drawn from; rows may lie anywhere, and mean
+        nothing beyond a chain's end. None where every draft was chosen without chance, so that its own probability was 1
     draft_tokens: [S, k] int64, NO_TOKEN beyond a chain's end
     seeds: [S] int64; positions: [S] int64, of the token that the first row decides
     Returns the number of accepted drafts [S] int64, and what was decided [S, k + 1] int64: the accepted drafts, the
@@ -81,6 +81,8 @@ def verify_chains(
         return _launch_chains(target_probs.contiguous(), draft_probs, draft_tokens.contiguous(), seeds, positions)
     if draft_probs is None:
         draft_probs = one_hot(draft_tokens, target_probs.shape[2])
+    else:
+        draft_probs = draft_probs.masked_fill((draft_tokens == NO_TOKEN)[:, :, None], 0.0)
     rows = positions[:, None] + torch.arange(num_drafts + 1, device=positions.device)
     num_accepted, final = accept_and_draw(
         target_probs,
@@ -180,7 +182,7 @@ def _launch_chains(
     return num_accepted, tokens
 
 
-@jit
+@jit(varying=("target_tokens", "draft_tokens", "num_seqs", "num_drafts"))
 def _greedy_chains(  # type: ignore[no-untyped-def]
     target_tokens, draft_tokens, num_accepted, tokens, num_seqs, num_drafts, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -257,7 +259,7 @@ def _residual(  # type: ignore[no-untyped-def]
     return p.to(tl.float64), rest.to(tl.float64), offsets
 
 
-@jit
+@jit(varying=("draft_tokens", "seeds", "positions", "num_seqs"))
 def _sum_residuals(  # type: ignore[no-untyped-def]
     target_probs,
     draft_probs,
@@ -309,7 +311,7 @@ def _sum_residuals(  # type: ignore[no-untyped-def]
     tl.store(masses + (num_seqs + seq) * parts + part, tl.sum(rest, 0))
 
 
-@jit
+@jit(varying=("draft_tokens", "seeds", "positions", "num_seqs"))
 def _decide_chains(  # type: ignore[no-untyped-def]
     target_probs,
     draft_probs,
