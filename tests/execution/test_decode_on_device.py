@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 from nextn.execution.decode_runner import DecodeRunner, padded_sizes
 from nextn.protocol.messages import AddRequest
 from nextn.speculative.policy import DraftLengthPolicy
@@ -89,6 +91,32 @@ def test_requests_that_come_and_go_change_nothing(make_engine: EngineFactory, la
     assert engine.stats().cached_tokens > 0
 
 
+@pytest.mark.parametrize("on_device", [True, False])
+def test_pages_taken_over_without_draft_entries_are_not_said_to_have_them(
+    make_engine: EngineFactory, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second request finds its own output cached by the first, which drafted nothing, while a step is under way."""
+    drafts = [0]
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: drafts[0])
+    engine = make_engine(num_draft_steps=None, decode_on_device=on_device, page_size=16)
+    prompt = prompts(1, seed=3, shortest=30)[0]
+    (first,) = run_all(engine, [request("first", prompt, 120)]).values()
+    drafts[0] = 3
+    assert run_all(engine, [request("second", prompt, 120)]) == {"second": first}
+
+    tokens = prompt + first
+    nodes = engine.scheduler.pages.cache.match(tokens, "", len(tokens))
+    num_made = sum(1 for _ in itertools.takewhile(lambda node: node.has_draft, nodes))
+    assert num_made > 3
+    proposer, kv_cache = engine._cycle._proposer, engine._cycle._kv_cache
+    assert proposer is not None
+    said = kv_cache.k[-1].clone()
+    seq = SimpleNamespace(tokens=tokens, pages=[node.page for node in nodes])
+    with torch.inference_mode():
+        proposer.draft.write_kv(*proposer._entries([(seq, 1, 16 * num_made)]), kv_cache)  # type: ignore[list-item]
+    torch.testing.assert_close(said, kv_cache.k[-1])
+
+
 def test_a_stop_token_inside_an_accepted_chain_ends_the_request_there(make_engine: EngineFactory) -> None:
     requests = [request(str(i), p, ignore_eos=False, max_new_tokens=60) for i, p in enumerate(prompts(12))]
     expected = run_all(make_engine(), requests)
@@ -162,6 +190,37 @@ def test_the_end_of_the_context_is_reached_as_in_the_plain_step(make_engine: Eng
     expected = run_all(make_engine(**options), requests)
     assert all(len(p) + len(expected[str(i)]) == 64 for i, p in enumerate(prompts(6, longest=50)))
     assert run_all(make_engine(decode_on_device=True, **options), requests) == expected
+
+
+def test_a_prompt_does_not_take_the_others_off_the_device(make_engine: EngineFactory, launches: list[int]) -> None:
+    requests = [
+        request("decodes", [5, 6, 7], max_new_tokens=60),
+        request("long", list(range(20)) * 3, max_new_tokens=5),
+    ]
+    expected = run_all(make_engine(chunked_prefill_size=5), requests)
+    engine = make_engine(chunked_prefill_size=5, decode_on_device=True)
+    found: dict[str, list[int]] = {"decodes": [], "long": []}
+    assert engine.add(requests[0]) is None
+    for _ in range(4):
+        for output in engine.step():
+            found[output.rid] += output.token_ids
+    launches.clear()
+    assert engine.add(requests[1]) is None
+    while not found["long"]:
+        for output in engine.step():
+            found[output.rid] += output.token_ids
+    assert len(launches) >= 60 // 5, "every chunk went along with a step on the device"
+    while engine.has_work:
+        for output in engine.step():
+            found[output.rid] += output.token_ids
+    assert found == expected
+
+
+def test_trying_steps_of_padding_goes_on_for_ever(make_engine: EngineFactory) -> None:
+    runner = make_engine(context_length=64, decode_on_device=True)._stepper._runner
+    assert runner is not None
+    for _ in range(80):
+        runner.rehearse(4, 3)
 
 
 def test_padded_sizes_waste_little_and_reach_the_largest() -> None:

@@ -42,7 +42,7 @@ def chains(num_drafts: int, vocab: int) -> dict[str, torch.Tensor]:
         drafts[-2, -1] = (drafts[-2, -1] + 1) % vocab
         draft_probs[-2] = one_hot(drafts[-2], vocab)
         drafts[-1, num_drafts // 2 :] = NO_TOKEN
-        draft_probs[-1, num_drafts // 2 :] = 0
+        draft_probs[-1, num_drafts // 2 :] = float("nan")
     return {"target_probs": target_probs, "draft_probs": draft_probs, "draft_tokens": drafts}
 
 

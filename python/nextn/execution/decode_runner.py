@@ -54,6 +54,11 @@ class DecodeRunner:
         self._recordings: dict[tuple[int, int, bool], _Recording] = {}
         self._sizes: tuple[int, ...] = ()
 
+    @property
+    def reach(self) -> int:
+        """The most entries of the draft layer that may be missing of a sequence before its last token's."""
+        return self._state.reach
+
     def launch(self, batch: DecodeBatch) -> DecidedTokens:
         """Start a step on the current stream, after all that was started before."""
         self._state.apply(batch.patches)
@@ -83,6 +88,7 @@ class DecodeRunner:
     def rehearse(self, num_seqs: int, num_drafts: int) -> None:
         """Run the step that takes the most memory, of padding alone."""
         batch = self._of_padding(num_seqs, num_drafts, is_greedy=False)
+        self._state.forget_padding()
         self._run(self._rows(batch, num_seqs).to(self._state.device), batch)
 
     def _of_padding(self, num_seqs: int, num_drafts: int, *, is_greedy: bool) -> DecodeBatch:
@@ -96,6 +102,7 @@ class DecodeRunner:
         """
         started = time.monotonic()
         device = self._state.device
+        free = torch.cuda.mem_get_info(device)[0]
         sizes = padded_sizes(max_seqs)
         kinds = [
             (size, num_drafts, is_greedy)
@@ -111,6 +118,7 @@ class DecodeRunner:
             batch = self._of_padding(size, num_drafts, is_greedy=is_greedy)
             rows = self._rows(batch, size).to(device)
             with torch.cuda.stream(stream):
+                self._state.forget_padding()
                 self._run(rows, batch)  # compiles kernels, and lets libraries make what cannot be made while recording
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -119,7 +127,16 @@ class DecodeRunner:
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         self._sizes = sizes
-        logger.info("recorded %d CUDA graphs in %.1f s", len(kinds), time.monotonic() - started)
+        taken = free - torch.cuda.mem_get_info(device)[0]
+        seconds = time.monotonic() - started
+        logger.info("recorded %d CUDA graphs in %.1f s, %.2f GiB", len(kinds), seconds, taken / 2**30)
+
+    def forget(self) -> None:
+        """Give the recordings back. A group of ranks cannot end while recordings hold its operations."""
+        if self._recordings:
+            torch.cuda.synchronize(self._state.device)
+            self._recordings.clear()
+            self._sizes = ()
 
 
 def padded_sizes(max_seqs: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import RequestError
 from nextn.execution.counters import Counters
 from nextn.execution.outputs import check_request, output_of, refusal
-from nextn.execution.rehearsal import run_canary, warm_up
+from nextn.execution.rehearsal import run_canary, warm_up, warm_up_kernels
 from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
 from nextn.execution.step import Stepper
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
@@ -69,6 +69,13 @@ class Engine:
         warm_up(
             self._stepper, vocab_size=self.vocab_size, page_size=config.page_size, context_length=self.context_length
         )
+        if shard.kv_cache.k.is_cuda:
+            warm_up_kernels(
+                self._stepper,
+                max_prefill_tokens=shard.max_prefill_tokens,
+                vocab_size=self.vocab_size,
+                context_length=self.context_length,
+            )
         self._canary = run_canary(
             config,
             self._stepper,
@@ -158,6 +165,7 @@ class Engine:
     def close(self) -> None:
         """Let the other ranks end. Nothing can be computed afterwards."""
         self._cycle.leader.finish()
+        self._stepper.forget()
 
     def flush_cache(self) -> int:
         """Drop every cached prefix that no request uses; returns the number of pages freed."""

@@ -16,6 +16,8 @@ from nextn.speculative.canary import MAX_NEW_TOKENS, NUM_DRAFTS, canary_prompts,
 from nextn.speculative.policy import TRIES_AT_FIRST
 
 WARM_UP_TOKENS = 8
+WARM_UP_LENGTHS = (17, 65, 130, 300, 1100, 2100)
+"""Prompts of these lengths have different configurations of kernels."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +29,15 @@ def rehearse(
     max_new_tokens: int,
     num_drafts: int | None = None,
     ignore_eos: bool = False,
+    temperature: float = 0.0,
 ) -> list[tuple[int, int]]:
-    """Decode the prompts greedily, and leave scheduler and prefix cache as they were.
+    """Decode the prompts, and leave scheduler and prefix cache as they were.
 
     prompts: each fits the context together with max_new_tokens
     num_drafts: see ``Stepper.step``
     Returns (drafted, accepted) of every step that drafted.
     """
-    sampling = TokenSampling(max_new_tokens=max_new_tokens, seed=0, temperature=0.0, ignore_eos=ignore_eos)
+    sampling = TokenSampling(max_new_tokens=max_new_tokens, seed=0, temperature=temperature, ignore_eos=ignore_eos)
     scheduler = stepper.scheduler
     for i, ids in enumerate(prompts):
         scheduler.add(AddRequest(rid=f"rehearsal-{i}", input_ids=ids, sampling=sampling))
@@ -59,6 +62,15 @@ def warm_up(stepper: Stepper, *, vocab_size: int, page_size: int, context_length
     if max_new_tokens > 0:
         prompt = [i % vocab_size for i in range(page_size)]
         rehearse(stepper, [prompt], max_new_tokens=max_new_tokens, ignore_eos=True)
+
+
+def warm_up_kernels(stepper: Stepper, *, max_prefill_tokens: int, vocab_size: int, context_length: int) -> None:
+    """Have the kernels of prompts of every kind of length compiled, before a user waits for it. For a GPU."""
+    longest = min(max_prefill_tokens, context_length - WARM_UP_TOKENS)
+    for length in (*(length for length in WARM_UP_LENGTHS if length < longest), longest):
+        rehearse(stepper, [[i % vocab_size for i in range(length)]], max_new_tokens=2, num_drafts=0, ignore_eos=True)
+    together = [[i % vocab_size] * (1 + 7 * i) for i in range(1, 20) if 1 + 7 * i < longest]
+    rehearse(stepper, together, max_new_tokens=4, num_drafts=0, ignore_eos=True, temperature=1.0)
 
 
 def run_canary(

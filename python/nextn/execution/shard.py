@@ -33,6 +33,12 @@ MAX_NUM_DRAFT_STEPS = 5
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 """Most prompt tokens of a step. A GPU reads most experts for any prompt; the more tokens share that, the better."""
 
+MAX_PREFILL_TOKENS_ON_GPU = 16384
+"""What --chunked-prefill-size -1 comes to on a GPU, whose memory for a step is planned."""
+
+SAMPLING_COPIES = 6
+"""Arrays of [rows, vocabulary] in float32 that choosing tokens takes outside of recordings, at most."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +65,8 @@ class ModelShard:
     def follow(self, tp: TensorParallel) -> None:
         """Compute what rank 0 says, on any other rank, until it says that this is the end. Raises PeerLost."""
         Follower(tp, self.cycle, self._decode, self.loaded.target, self.kv_cache).run()
+        if self.runner is not None:
+            self.runner.forget()
 
     def _decode(self, batch: DecodeBatch) -> None:
         assert self.runner is not None, "rank 0 has a runner, so every rank has"
@@ -80,7 +88,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     stored = kv_dtype(config, dtype)
     bytes_per_token = kv_bytes_per_token(model_config, dtype, stored, has_draft=has_draft, tp_size=tp.size)
     max_drafts = _max_drafts(config, has_draft)
-    chunk = PREFILL_TOKENS[device.type] if config.chunked_prefill_size is None else max(config.chunked_prefill_size, 0)
+    chunk = _max_prefill_tokens(config, device)
 
     def kv_cache_of(num_pages: int) -> KVCache:
         return make_kv_cache(
@@ -96,7 +104,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     if device.type == "cpu":
         free = free_for_kv_on_cpu() // tp.ranks_per_node
     else:
-        plan = _measured_plan(config, loaded, chunk or context, max_drafts, kv_cache_of, device, tp)
+        plan = _measured_plan(config, loaded, chunk, max_drafts, kv_cache_of, device, tp)
         plan.check(bytes_per_token, 2 * config.page_size)
         logger.info("%s", plan.as_table())
         free = plan.kv
@@ -118,6 +126,16 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
         if config.enable_cuda_graph and device.type == "cuda":
             runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts), show=tp.is_first)
     return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, chunk, max_drafts, cycle, runner)
+
+
+def _max_prefill_tokens(config: EngineConfig, device: torch.device) -> int:
+    """0 is no bound."""
+    wanted = config.chunked_prefill_size
+    if wanted is None:
+        return PREFILL_TOKENS[device.type]
+    if device.type == "cpu":
+        return max(wanted, 0)
+    return wanted if 0 < wanted < MAX_PREFILL_TOKENS_ON_GPU else MAX_PREFILL_TOKENS_ON_GPU
 
 
 def _max_drafts(config: EngineConfig, has_draft: bool) -> int:
@@ -167,27 +185,35 @@ def _measured_plan(
 ) -> MemoryPlan:
     """Compute the largest prompt chunk and the largest decode step once, over a small pool, and see what they take."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
     weights = torch.cuda.memory_allocated(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    chunk = min(chunk, config.context_length or loaded.model_config.max_position_embeddings)
-    num_pages = -(-chunk // config.page_size)
+    num_rows = config.max_running_requests * (max_drafts + 1)
+    num_tokens = min(chunk + num_rows, config.context_length or loaded.model_config.max_position_embeddings)
+    num_pages = -(-num_tokens // config.page_size)
     kv_cache = kv_cache_of(num_pages)
     proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
 
     def compute_chunk() -> None:
-        batch = make_extend_batch([(0, chunk)], [range(num_pages)], config.page_size, device)
-        hidden = loaded.target.forward(torch.zeros(chunk, dtype=torch.int64, device=device), batch, kv_cache)
-        loaded.target.compute_logits(hidden[: config.max_running_requests * (max_drafts + 1)])
+        batch = make_extend_batch([(0, num_tokens)], [range(num_pages)], config.page_size, device)
+        hidden = loaded.target.forward(torch.zeros(num_tokens, dtype=torch.int64, device=device), batch, kv_cache)
+        loaded.target.compute_logits(hidden[:num_rows])
 
     def decode() -> None:
         context_length = num_pages * config.page_size
         runner = _decode_runner(config, loaded, proposer, kv_cache, context_length, max_drafts, tp)
-        runner.rehearse(_max_recorded(config), max_drafts)
+        runner.rehearse(config.max_running_requests, max_drafts)
 
-    activations = _peak_bytes(compute_chunk, device)
-    graphs = _peak_bytes(decode, device)
-    return MemoryPlan(total, config.mem_fraction_static, others, weights, activations, graphs)
+    of_sampling = SAMPLING_COPIES * num_rows * loaded.model_config.vocab_size * 4
+    activations = max(_peak_bytes(compute_chunk, device), of_sampling)
+    decoding = _peak_bytes(decode, device)
+    free, total = torch.cuda.mem_get_info(device)  # last: by now libraries and kernels have taken what they take
+    return MemoryPlan(
+        total=total,
+        fraction=config.mem_fraction_static,
+        others=total - free - torch.cuda.memory_reserved(device),
+        weights=weights,
+        activations=activations,
+        graphs=2 * decoding,  # the step that is tried before it is recorded, and the recordings
+    )
 
 
 @torch.inference_mode()

@@ -42,9 +42,10 @@ class _Launched:
 class Stepper:
     """Runs steps over everything that can run.
 
-    Steps in which all sequences only decode go to the decode runner, where there is one. With overlap the next of them
-    is launched before the tokens of the last are looked at; a sequence that has ended meanwhile is computed once more
-    for nothing. The device works in the order of launches, so whoever gets its pages writes them later.
+    Where there is a decode runner, sequences that only decode go to it, and the rest of the step is computed behind
+    them. Where there is no rest and overlap is on, the next step is launched before the tokens of the last are looked
+    at; a sequence that has ended meanwhile is computed once more for nothing. The device works in the order of
+    launches, so whoever gets its pages writes them later.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Stepper:
         self._overlap = overlap
         self._mirror = SlotMirror()
         self._launched: _Launched | None = None
-        self._next_choice: int | None = None
+        self._set_back: set[int] = set()
         self._last_end = 0.0
 
     def step(self, num_drafts: int | None = None) -> list[Progress]:
@@ -80,68 +81,84 @@ class Stepper:
             return self._read(launched, policy)
         chosen = self._choose(policy, num_drafts)
         extends = self.scheduler.schedule(chosen)
-        if not extends:
-            return []
         launched = self._launch(extends, chosen)
         if launched is None:
-            return self._run(extends, policy)
+            return self._run(extends, None, policy) if extends else []
+        arrivals = {seq.arrival for seq in launched.seqs}
+        rest = [extend for extend in extends if extend.seq.arrival not in arrivals]
+        if rest:
+            return self._run(rest, launched, policy)
         if self._overlap:
             self._launched = launched
             return []
         return self._read(launched, policy)
 
+    def forget(self) -> None:
+        """Give back what the device holds for decode steps. Nothing can be computed afterwards."""
+        self._launched = None
+        if self._runner is not None:
+            self._runner.forget()
+
     def _choose(self, policy: DraftLengthPolicy | None, num_drafts: int | None) -> int | None:
         if policy is None:
             return num_drafts
-        chosen, self._next_choice = self._next_choice, None
-        if chosen is None:
-            num_decoding = self.scheduler.num_decoding
-            chosen = policy.choose(max(num_decoding, 1), will_be_timed=num_decoding > 0)
-        return chosen
+        num_decoding = self.scheduler.num_decoding
+        return policy.choose(max(num_decoding, 1), will_be_timed=num_decoding > 0)
 
-    def _run(self, extends: list[Extend], policy: DraftLengthPolicy | None) -> list[Progress]:
-        """Compute a step of any kind, and wait for it."""
-        started = time.perf_counter()
+    def _run(
+        self, extends: list[Extend], launched: _Launched | None, policy: DraftLengthPolicy | None
+    ) -> list[Progress]:
+        """Compute extends of any kind, behind a decode step if one is under way, and wait for all."""
+        started = time.perf_counter() if launched is None else launched.started
         decisions = self._cycle.run(extends)
+        if launched is not None:
+            more_extends, more_decisions = self._decided(launched)
+            extends, decisions = extends + more_extends, decisions + more_decisions
         self._last_end = time.perf_counter()
         num_prompt_tokens = sum(e.num_tokens for e in extends if not (e.decides and e.seq.num_output))
         # Where decode steps have a runner, one that was not for it says nothing about those that are.
-        if policy is not None and (self._runner is None or num_prompt_tokens):
+        if policy is not None and (self._runner is None or (num_prompt_tokens and launched is not None)):
             _tell_time(policy, extends, decisions, self._last_end - started, num_prompt_tokens)
         return self._commit(extends, decisions, policy, num_prompt_tokens)
 
     def _launch(self, extends: list[Extend], chosen: int | None) -> _Launched | None:
-        """Start a step of the decode runner; None if it is not one for it."""
-        if self._runner is None or not all(extend.seq.is_decoding and _is_served(extend.seq) for extend in extends):
+        """Start a step of the decode runner over those sequences that it is for; None if there are none."""
+        runner = self._runner
+        if runner is None:
             return None
-        seqs = [extend.seq for extend in extends]
+        seqs = [
+            extend.seq
+            for extend in extends
+            if extend.seq.is_decoding
+            and _is_served(extend.seq)
+            and extend.seq.num_computed - extend.seq.num_draft_computed <= runner.reach
+        ]
         wanted = [self.scheduler.wanted_drafts(seq, chosen) for seq in seqs]
-        num_drafts = max(wanted)
-        for seq in seqs:
-            if num_drafts and seq.num_computed - seq.num_draft_computed > num_drafts:
-                return None  # more entries of the draft layer are missing than the step makes
-            if not self._has_room(seq, len(seq.tokens) + num_drafts):
-                return None
+        if not seqs or not all(self._has_room(seq, len(seq.tokens) + max(wanted)) for seq in seqs):
+            return None
+        self._set_back.clear()
         return self._start(seqs, wanted, is_ahead=False)
 
     def _follow(
         self, launched: _Launched, policy: DraftLengthPolicy | None, num_drafts: int | None
     ) -> _Launched | None:
         """Start the next step of the same sequences while one is under way; None if that is not certain to be right."""
-        seqs, scheduler = launched.seqs, self.scheduler
-        if scheduler.may_admit or len(seqs) != len(scheduler.running):
-            return None
-        if any(seq.status is not Status.RUNNING for seq in seqs):
+        scheduler = self.scheduler
+        assert self._runner is not None, "something is under way"
+        seqs = [seq for seq in launched.seqs if seq.status is Status.RUNNING]
+        if scheduler.may_admit or len(seqs) != len(scheduler.running) or self._set_back:
             return None
         if all(seq.max_new_tokens - seq.num_output <= 1 for seq in seqs):
             return None  # they all end with the step that is under way
         chosen = self._choose(policy, num_drafts)
         wanted = [scheduler.wanted_drafts(seq, chosen) for seq in seqs]
-        # What is under way may add a chain and a token; the next step writes a chain behind them.
-        ahead = 2 * launched.num_drafts + 1
-        if max(wanted) != launched.num_drafts or not all(self._has_room(seq, len(seq.tokens) + ahead) for seq in seqs):
-            self._next_choice = chosen if policy is not None else None  # for the step that is scheduled anew
-            return None
+        for seq in seqs:
+            # What is under way may add a chain and a token; the next step writes a chain behind them.
+            if not self._has_room(seq, len(seq.tokens) + launched.num_drafts + 1 + max(wanted)):
+                return None
+            lag = 0 if launched.num_drafts else seq.num_computed - seq.num_draft_computed
+            if lag + launched.num_drafts + 1 > self._runner.reach:
+                return None
         return self._start(seqs, wanted, is_ahead=True)
 
     def _has_room(self, seq: Sequence, num_tokens: int) -> bool:
@@ -150,7 +167,7 @@ class Stepper:
 
     def _start(self, seqs: list[Sequence], wanted: list[int], *, is_ahead: bool) -> _Launched:
         assert self._runner is not None, "the caller has looked"
-        patches = [self._mirror.patch(seq, is_ahead=is_ahead) for seq in seqs]
+        patches = [self._mirror.patch(seq, self._runner.reach, is_ahead=is_ahead) for seq in seqs]
         batch = DecodeBatch(
             slots=[seq.slot for seq in seqs],
             wanted_drafts=wanted,
@@ -163,27 +180,30 @@ class Stepper:
         return _Launched(seqs, wanted, batch.num_drafts, self._runner.launch(batch), started)
 
     def _read(self, launched: _Launched, policy: DraftLengthPolicy | None) -> list[Progress]:
-        """Wait for a decode step and commit what it decided for the sequences that still run."""
-        decided = launched.tokens.read()
+        """Wait for a decode step and commit what it decided."""
+        extends, decisions = self._decided(launched)
         now = time.perf_counter()
         seconds, self._last_end = now - max(launched.started, self._last_end), now
+        if policy is not None:
+            policy.observe(len(launched.seqs), launched.num_drafts, seconds, 0)
+        return self._commit(extends, decisions, policy, 0)
+
+    def _decided(self, launched: _Launched) -> tuple[list[Extend], list[Decision]]:
+        """Wait for a decode step. Returns what it was to the sequences that still run."""
         extends: list[Extend] = []
         decisions: list[Decision] = []
-        for seq, wanted, tokens in zip(launched.seqs, launched.wanted, decided, strict=True):
+        for seq, wanted, tokens in zip(launched.seqs, launched.wanted, launched.tokens.read(), strict=True):
             if seq.status is not Status.RUNNING:
                 continue
             num_drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0)
             extend = Extend(seq, seq.num_computed, 1, num_drafts, decides=True, wants_drafts=wanted > 0)
-            done = extend.end if launched.num_drafts else seq.num_draft_computed
+            made_entries = launched.num_drafts > 0 and seq.arrival not in self._set_back
+            done = extend.end if made_entries else seq.num_draft_computed
             extends.append(extend)
             decisions.append(Decision(tokens, len(tokens) - 1, num_draft_computed=done))
-        if policy is not None:
-            policy.observe(len(launched.seqs), launched.num_drafts, seconds, 0)
-        progress = self._commit(extends, decisions, policy, 0)
-        for one in progress:
-            if one.extend.seq.status is Status.RUNNING:
-                self._mirror.advance(one.extend.seq)
-        return progress
+            self._mirror.advance(seq, len(tokens))
+        self._set_back.clear()
+        return extends, decisions
 
     def _commit(
         self,
@@ -194,15 +214,26 @@ class Stepper:
     ) -> list[Progress]:
         progress = []
         for extend, decision in zip(extends, decisions, strict=True):
-            is_first = extend.seq.num_output == 0
+            seq = extend.seq
+            is_first = seq.num_output == 0
             kept = self.scheduler.commit(extend, decision)
             if policy is not None and extend.num_drafts:
                 # Drafts beyond the end of a request were accepted for nothing.
                 policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
+            if self._runner is not None and seq.status is Status.RUNNING:
+                self._look_back(seq, decision)
             progress.append(Progress(extend, decision, kept, is_first))
         if policy is not None:
             policy.observe_traffic(num_prompt_tokens, sum(len(one.kept) for one in progress))
         return progress
+
+    def _look_back(self, seq: Sequence, decision: Decision) -> None:
+        """After a commit: its pages may have been replaced by cached ones that have no entries of the draft layer.
+
+        A step that is under way then makes its entries in the old pages, for nothing.
+        """
+        if self._launched is not None and seq.num_draft_computed < (decision.num_draft_computed or 0):
+            self._set_back.add(seq.arrival)
 
 
 def _is_served(seq: Sequence) -> bool:

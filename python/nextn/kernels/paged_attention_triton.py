@@ -161,7 +161,7 @@ def _launch_tiles(
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_S": next(size for size in (16, 64, 256, 1024, 1 << 14) if size >= num_seqs),
+        "BLOCK_S": next(size for size in (64, 256, 1024, 1 << 14) if size >= num_seqs),
     }
     items = (layout.starts, layout.cu_seqlens_q, num_seqs, shortest, longest, wanted_items)
     gpu.launch(

@@ -66,7 +66,7 @@ def verify_chains(
 
     target_probs: [S, k + 1, V] float32, rows sum to 1
     draft_probs: [S, k, V] float32, the distributions that the drafts were drawn from; rows may lie anywhere, and mean
-        nothing beyond a chain's end. None where every draft was chosen without chance, so that its own probability was 1
+        nothing beyond a chain's end. None where drafts were chosen without chance, each with probability 1
     draft_tokens: [S, k] int64, NO_TOKEN beyond a chain's end
     seeds: [S] int64; positions: [S] int64, of the token that the first row decides
     Returns the number of accepted drafts [S] int64, and what was decided [S, k + 1] int64: the accepted drafts, the

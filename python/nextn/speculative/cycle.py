@@ -21,7 +21,7 @@ from nextn.scheduler.scheduler import Decision, Extend
 from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
 from nextn.speculative.leader import Leader
 from nextn.speculative.logits import Row, adjust_logits, probs_of_rows
-from nextn.speculative.logprobs import prompt_rows, token_logprobs
+from nextn.speculative.logprobs import prompt_rows, slices, token_logprobs
 from nextn.speculative.proposer import ChooseTokens, Drafts, NextNProposer
 
 
@@ -61,8 +61,8 @@ class SpeculativeCycle:
         chains, _, hidden, _ = self._forward(extends, self._receive_drafts)
         end = 0
         for extend, chain, rows in zip(extends, chains, prompts, strict=True):
-            if rows:
-                self._target.compute_logits(hidden[end + rows.start : end + rows.stop])
+            for part in slices(rows):
+                self._target.compute_logits(hidden[end + part.start : end + part.stop])
             end += extend.num_tokens + len(chain)
         if index := _deciding_rows(extends):
             self._target.compute_logits(self._rows_of(hidden, index))
@@ -232,7 +232,7 @@ class SpeculativeCycle:
         known: list[TokenLogprobs] = []
         if seq.request.prompt_logprobs_start == 0 and not seq.prompt_logprobs:
             known.append(TokenLogprobs(seq.tokens[0], None))
-        if rows := prompt_rows(extend):
+        for rows in slices(prompt_rows(extend)):
             logits = self._target.compute_logits(hidden[rows.start : rows.stop])
             tokens = seq.tokens[extend.start + rows.start + 1 : extend.start + rows.stop + 1]
             known += token_logprobs(logits, tokens, seq.request.num_top_logprobs or 0)

@@ -26,6 +26,7 @@ class DecodeState:
     page_table: [num_slots + 1, max_pages] int64; pages that a sequence does not have are the scratch page
     temperature, top_p, min_p: [num_slots + 1] float32
     rules: what is asked of the logits
+    reach: how many tokens before a sequence's last one a step reads, to make their entries of the draft layer
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DecodeState:
         # A step that runs on after a sequence's end may add a chain twice.
         self.width = context_length + 2 * (max_drafts + 1)
         self.context_length = context_length
+        self.reach = max_drafts + 1
         max_pages = -(-context_length // page_size)
         self.tokens = torch.zeros(rows, self.width, dtype=torch.int64, device=device)
         self.num_tokens = torch.ones(rows, dtype=torch.int64, device=device)
@@ -60,6 +62,10 @@ class DecodeState:
             rows, vocab_size, max_bias=MAX_BIASES, max_stop_ids=MAX_STOP_IDS, device=device
         )
         self._with_rules: set[int] = set()
+
+    def forget_padding(self) -> None:
+        """The row that padding writes to, which a step reads only where there is nothing but padding, begins anew."""
+        self.num_tokens[self.scratch_row].fill_(1)
 
     def apply(self, patches: Rows[SlotPatch]) -> None:
         """Write patches, in stream order: steps that were launched before do not see them."""
@@ -149,9 +155,10 @@ class SlotMirror:
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
 
-    def patch(self, seq: Sequence, *, is_ahead: bool) -> SlotPatch | None:
+    def patch(self, seq: Sequence, reach: int, *, is_ahead: bool) -> SlotPatch | None:
         """What to tell the device before its next step; None if nothing.
 
+        reach: how far before a sequence's last token a step reads others
         is_ahead: whether a step is under way that has decided tokens which ``seq`` does not have yet
         """
         known = self._known.get(seq.slot)
@@ -160,7 +167,8 @@ class SlotMirror:
             self._known[seq.slot] = _Known(seq, len(seq.tokens), list(seq.pages))
             limit = seq.num_prompt + seq.max_new_tokens
             new = NewSequence(seq.request.sampling, seq.num_prompt, limit, sorted(seq.stop_ids))
-            return SlotPatch(seq.slot, 0, list(seq.tokens), 0, list(seq.pages), new)
+            first = 0 if new.sampling.has_rules else max(len(seq.tokens) - 1 - reach, 0)
+            return SlotPatch(seq.slot, first, seq.tokens[first:], 0, list(seq.pages), new)
         first_page = _first_difference(known.pages, seq.pages)
         tokens = [] if is_ahead else seq.tokens[known.num_tokens :]
         pages = seq.pages[first_page:]
@@ -171,9 +179,9 @@ class SlotMirror:
         known.pages[first_page:] = pages
         return patch
 
-    def advance(self, seq: Sequence) -> None:
-        """The device's own step has decided the tokens that ``seq`` has now."""
-        self._known[seq.slot].num_tokens = len(seq.tokens)
+    def advance(self, seq: Sequence, num_tokens: int) -> None:
+        """The device's own step has added so many tokens."""
+        self._known[seq.slot].num_tokens += num_tokens
 
 
 def _first_difference(known: list[int], now: list[int]) -> int:

@@ -90,18 +90,18 @@ class DecodeStep:
         if num_drafts == 0:
             return tokens, None
         assert self._proposer is not None, "drafts are asked for only where there is a draft model"
-        probs: list[torch.Tensor] = []
+        vocab_size = self._target.config.vocab_size
+        probs = None if choice.is_greedy else choice.new_probs(num_drafts, vocab_size)
         ids, hidden_slots, batch = places.first_draft()
         hidden = self._proposer.hidden_at(hidden_slots)
         for step in range(num_drafts):
             if step:
                 ids, batch = tokens[:, step - 1].contiguous(), places.next_draft(step)
             hidden = self._proposer.draft.forward(ids, hidden, batch, self._kv_cache)
-            chosen, drawn_from = choice.draft(self._proposer.draft.compute_logits(hidden), tokens, step)
+            logits = self._proposer.draft.compute_logits(hidden)
+            chosen = choice.draft(logits, tokens, step, None if probs is None else probs[step])
             tokens[:, step] = self._tp.broadcast(chosen)
-            if drawn_from is not None:
-                probs.append(drawn_from)
-        return tokens, torch.stack(probs, 1) if probs else None
+        return tokens, None if probs is None else probs.transpose(0, 1)
 
     def _accept(
         self, choice: _Choice, logits: torch.Tensor, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None
@@ -138,17 +138,22 @@ class _Choice:
     def of(cls, state: DecodeState, slots: torch.Tensor, num_tokens: torch.Tensor, is_greedy: bool) -> _Choice:
         return cls(state, slots, num_tokens, state.seed.index_select(0, slots), is_greedy)
 
-    def draft(
-        self, logits: torch.Tensor, draft_tokens: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One draft per sequence. logits: [S, V] float32, overwritten; draft_tokens: [S, k], of which step are known.
+    def new_probs(self, num_drafts: int, vocab_size: int) -> torch.Tensor:
+        """Memory for what drafts are drawn from, [num_drafts, S, V] float32."""
+        return torch.empty(num_drafts, self.slots.shape[0], vocab_size, device=self.slots.device)
 
-        Returns tokens [S] int64, and the probabilities [S, V] they were drawn from, None if all are greedy.
+    def draft(
+        self, logits: torch.Tensor, draft_tokens: torch.Tensor, step: int, probs: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One draft per sequence, [S] int64.
+
+        logits: [S, V] float32, overwritten; draft_tokens: [S, k], of which ``step`` are known
+        probs: [S, V] float32, for the probabilities it is drawn from; None if all are greedy
         """
-        if self.is_greedy:
-            return argmax(logits), None
-        probs = self._probs(logits, self.slots, draft_tokens, step)
-        return sample_tokens(probs, random_uniform(self.seeds, self.num_tokens + step, DRAFT_STREAM)), probs
+        if probs is None:
+            return argmax(logits)
+        self._probs(logits, self.slots, draft_tokens, step, out=probs)
+        return sample_tokens(probs, random_uniform(self.seeds, self.num_tokens + step, DRAFT_STREAM))
 
     def verify(
         self, logits: torch.Tensor, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None
@@ -158,14 +163,17 @@ class _Choice:
         if self.is_greedy:
             return verify_greedy_chains(argmax(logits).view(num_seqs, -1), draft_tokens)
         probs = self._probs(logits, self.slots.repeat_interleave(num_drafts + 1), draft_tokens, 0)
-        if draft_probs is not None:
-            draft_probs = draft_probs.masked_fill((draft_tokens == NO_TOKEN)[:, :, None], 0.0)
         return verify_chains(
             probs.view(num_seqs, num_drafts + 1, -1), draft_probs, draft_tokens, self.seeds, self.num_tokens
         )
 
     def _probs(
-        self, logits: torch.Tensor, slots: torch.Tensor, draft_tokens: torch.Tensor, num_before: int
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        num_before: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What rows are drawn from, [R, V]; slots: [R], each row's. For others see ``adjust_logits_by_slot``."""
         state = self.state
@@ -173,7 +181,7 @@ class _Choice:
             logits, state.rules, self.slots, self.num_tokens, draft_tokens, num_before=num_before, out=logits
         )
         of_slot = (state.temperature, state.top_k, state.top_p, state.min_p)
-        return sampling_probs(logits, *(values.index_select(0, slots) for values in of_slot))
+        return sampling_probs(logits, *(values.index_select(0, slots) for values in of_slot), out=out)
 
 
 @dataclass(frozen=True)
@@ -208,18 +216,18 @@ class _Places:
         return ExtendBatch(positions.view(-1), self.slots.view(-1), self._layout(self.root, width, 0))
 
     def first_draft(self) -> tuple[torch.Tensor, torch.Tensor, ExtendBatch]:
-        """The entries of the last k + 1 known tokens: as many as the step before can have brought.
+        """The entries of the last reach + 1 known tokens, which may be missing whatever the last steps drafted.
 
-        Returns token ids and the slots of the hidden states before them, [S · (k + 1)] each, and their batch, of which
-        only each sequence's last output is read.
+        Returns token ids and the slots of the hidden states before them, [S · (reach + 1)] each, and their batch, of
+        which only each sequence's last output is read.
         """
-        num_seqs, width = self.slots.shape
+        num_seqs, width = self.root.shape[0], self.state.reach + 1
         positions = self.root[:, None] + torch.arange(1 - width, 1, device=self.root.device)
         has_entry = positions >= FIRST_KEY
         before = (positions - 1).clamp(min=0)
         slots = _slots_at(self.state, self.rows, self.pages, positions.clamp(min=0), self.scratch_slot)
         slots = torch.where(has_entry, slots, self.scratch_slot)
-        sources = _slots_at(self.state, self.rows, self.pages, before, self.scratch_slot)
+        sources = _slots_of(self.state, self.pages, before)
         batch = ExtendBatch(
             positions.clamp(min=0).view(-1),
             slots.view(-1),
@@ -246,11 +254,16 @@ class _Places:
 def _slots_at(
     state: DecodeState, rows: DecodeRows, pages: torch.Tensor, positions: torch.Tensor, scratch_slot: int
 ) -> torch.Tensor:
-    """Slots of positions [S, n]; those of padding and beyond the context are the scratch slot."""
-    index = (positions // state.page_size).clamp(max=pages.shape[1] - 1)
-    slots = pages.gather(1, index) * state.page_size + positions % state.page_size
+    """Where entries of positions [S, n] are written; padding and what is beyond the context go to the scratch slot."""
+    slots = _slots_of(state, pages, positions)
     is_padding = (rows.write == state.scratch_row)[:, None]
     return torch.where(is_padding | (positions >= state.context_length), scratch_slot, slots)
+
+
+def _slots_of(state: DecodeState, pages: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Slots of positions [S, n] within the context."""
+    index = (positions // state.page_size).clamp(max=pages.shape[1] - 1)
+    return pages.gather(1, index) * state.page_size + positions % state.page_size
 
 
 def _tokens_at(state: DecodeState, rows: DecodeRows, positions: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ import torch
 from nextn.protocol.messages import TokenLogprobs
 from nextn.scheduler.scheduler import Extend
 
+MAX_ROWS = 256
+"""Rows of logits that are made at once: in a large vocabulary those of a whole prompt take gigabytes."""
+
 
 def token_logprobs(logits: torch.Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs]:
     """The logprob of each row's token, and the row's ``num_top`` likeliest tokens.
@@ -31,3 +34,8 @@ def prompt_rows(extend: Extend) -> range:
     first = max(start + len(seq.prompt_logprobs or ()), 1)
     stop = min(extend.end, seq.num_prompt - 1) + 1
     return range(first - 1 - extend.start, max(first, stop) - 1 - extend.start)
+
+
+def slices(rows: range) -> list[range]:
+    """The rows, MAX_ROWS at a time."""
+    return [rows[first : first + MAX_ROWS] for first in range(0, len(rows), MAX_ROWS)]
