@@ -192,6 +192,16 @@ def test_the_end_of_the_context_is_reached_as_in_the_plain_step(make_engine: Eng
     assert run_all(make_engine(decode_on_device=True, **options), requests) == expected
 
 
+def test_steps_without_drafts_stay_on_the_device(make_engine: EngineFactory, launches: list[int]) -> None:
+    """However far the draft layer lags behind."""
+    engine = make_engine(num_draft_steps=None, decode_on_device=True)
+    assert engine.add(request("a", [5, 6, 7], max_new_tokens=80)) is None
+    launches.clear()
+    for _ in range(60):
+        engine._stepper.step(0)
+    assert len(launches) > 55
+
+
 def test_a_prompt_does_not_take_the_others_off_the_device(make_engine: EngineFactory, launches: list[int]) -> None:
     requests = [
         request("decodes", [5, 6, 7], max_new_tokens=60),

@@ -126,13 +126,9 @@ class Stepper:
         runner = self._runner
         if runner is None:
             return None
-        seqs = [
-            extend.seq
-            for extend in extends
-            if extend.seq.is_decoding
-            and _is_served(extend.seq)
-            and extend.seq.num_computed - extend.seq.num_draft_computed <= runner.reach
-        ]
+        seqs = [extend.seq for extend in extends if extend.seq.is_decoding and _is_served(extend.seq)]
+        if any(self.scheduler.wanted_drafts(seq, chosen) for seq in seqs):
+            seqs = [seq for seq in seqs if seq.num_computed - seq.num_draft_computed <= runner.reach]
         wanted = [self.scheduler.wanted_drafts(seq, chosen) for seq in seqs]
         if not seqs or not all(self._has_room(seq, len(seq.tokens) + max(wanted)) for seq in seqs):
             return None
@@ -157,7 +153,7 @@ class Stepper:
             if not self._has_room(seq, len(seq.tokens) + launched.num_drafts + 1 + max(wanted)):
                 return None
             lag = 0 if launched.num_drafts else seq.num_computed - seq.num_draft_computed
-            if lag + launched.num_drafts + 1 > self._runner.reach:
+            if max(wanted) and lag + launched.num_drafts + 1 > self._runner.reach:
                 return None
         return self._start(seqs, wanted, is_ahead=True)
 
