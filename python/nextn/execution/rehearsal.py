@@ -16,8 +16,10 @@ from nextn.speculative.canary import MAX_NEW_TOKENS, NUM_DRAFTS, canary_prompts,
 from nextn.speculative.policy import TRIES_AT_FIRST
 
 WARM_UP_TOKENS = 8
-WARM_UP_LENGTHS = (17, 65, 130, 300, 1100, 2100)
+WARM_UP_LENGTHS = (1, 2, 3, 17, 40, 65, 130, 300, 700, 1024, 1100, 2100)
 """Prompts of these lengths have different configurations of kernels."""
+WARM_UP_TAILS = (4, 17, 100)
+"""So have this many new tokens behind a long prefix."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,10 @@ def warm_up(stepper: Stepper, *, vocab_size: int, page_size: int, context_length
 
 def warm_up_kernels(stepper: Stepper, *, max_prefill_tokens: int, vocab_size: int, context_length: int) -> None:
     """Have the kernels of prompts of every kind of length compiled, before a user waits for it. For a GPU."""
-    longest = min(max_prefill_tokens, context_length - WARM_UP_TOKENS)
-    for length in (*(length for length in WARM_UP_LENGTHS if length < longest), longest):
+    limit = context_length - WARM_UP_TOKENS
+    longest = min(max_prefill_tokens, limit)
+    lengths = [*(length for length in WARM_UP_LENGTHS if length < longest), longest]
+    for length in [*lengths, *(longest + tail for tail in WARM_UP_TAILS if longest + tail <= limit)]:
         rehearse(stepper, [[i % vocab_size for i in range(length)]], max_new_tokens=2, num_drafts=0, ignore_eos=True)
     together = [[i % vocab_size] * (1 + 7 * i) for i in range(1, 20) if 1 + 7 * i < longest]
     rehearse(stepper, together, max_new_tokens=4, num_drafts=0, ignore_eos=True, temperature=1.0)
