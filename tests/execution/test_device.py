@@ -1,0 +1,50 @@
+"""Where the engine computes, in which types, and what it says where it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import ConfigError
+from nextn.execution.device import choose_device, computing_dtype, kv_dtype
+from nextn.execution.engine import Engine
+
+from tests.conftest import request, run_all
+
+CUDA = torch.device("cuda")
+
+
+def test_without_a_gpu_the_cpu_computes_and_asking_for_one_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"--device: found cuda, but torch .* finds no GPU; install .* --device cpu"):
+        choose_device("cuda")
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--tp-size: a machine runs 2 ranks or more, but has 1 GPUs"):
+        choose_device("auto", local_rank=1)
+
+
+def test_the_computing_type_is_the_devices(tiny_checkpoint: Path) -> None:
+    config = EngineConfig(model_path=str(tiny_checkpoint))
+    assert computing_dtype(config, torch.device("cpu")) == torch.float32
+    assert computing_dtype(config, CUDA) == torch.bfloat16
+    wide = EngineConfig(model_path=str(tiny_checkpoint), dtype="float32")
+    with pytest.raises(ConfigError, match="--dtype: found float32, expected bfloat16 or float16 on a GPU"):
+        computing_dtype(wide, CUDA)
+
+
+def test_fp8_keys_and_values_serve_on_a_cpu_too(tiny_checkpoint: Path) -> None:
+    """In a quarter of float32's memory, with nearly the same tokens."""
+    config = EngineConfig(model_path=str(tiny_checkpoint), kv_cache_dtype="fp8_e4m3", max_running_requests=4)
+    assert kv_dtype(config, torch.float32) == torch.float8_e4m3fn
+    engine = Engine(config)
+    assert engine._cycle._kv_cache.k.dtype == torch.float8_e4m3fn
+    plain = Engine(EngineConfig(model_path=str(tiny_checkpoint), max_running_requests=4))
+    found, expected = (run_all(one, [request("a", [3, 4, 5, 6], 16)])["a"] for one in (engine, plain))
+    assert found[:3] == expected[:3]
