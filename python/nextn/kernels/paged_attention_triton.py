@@ -161,12 +161,12 @@ def _launch_tiles(
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_S": next(size for size in (64, 256, 1024, 1 << 14) if size >= num_seqs),
+        "BLOCK_S": next(size for size in (16, 64, 256, 1024, 1 << 14) if size >= num_seqs),
     }
     items = (layout.starts, layout.cu_seqlens_q, num_seqs, shortest, longest, wanted_items)
     gpu.launch(
         _attend_tiles,
-        (num_items * num_kv_heads,),
+        (num_kv_heads, num_items),
         q,
         *caches,
         out,
@@ -174,7 +174,6 @@ def _launch_tiles(
         maxima,
         *items,
         num_items,
-        num_kv_heads,
         layout.page_table,
         scale * math.log2(math.e),
         layout.first_key,
@@ -343,7 +342,6 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     longest,
     wanted_items,
     num_items,
-    num_kv_heads,
     page_table,
     scale,
     first_key,
@@ -364,11 +362,12 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program item · num_kv_heads + KV head: what runs together reads all of a token's keys, which lie side by side.
+    """Program (KV head, item): what runs together reads all of a token's keys, which lie side by side.
 
     IS_SPLIT: an item is a tile and a part of its keys, else a tile.
     """
-    item, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    num_kv_heads = tl.num_programs(0)
     items, part_blocks = items_of_sequences(
         starts, cu_seqlens_q, num_seqs, shortest, longest, wanted_items,
         IS_SPLIT, INVARIANT, PART_BLOCKS, GROUP, BLOCK_M, BLOCK_N, BLOCK_S,
