@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ SWEEP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SWEEP)
 def test_logits_agree_whatever_the_config_and_the_chunks(name: str, tmp_path: Path) -> None:
     config = tiny_config(**SWEEP[name])
-    state = random_state(config, seed=hash(name) % 1000)
+    # The same in every run, and one of those where no two experts are so close that rounding chooses between them.
+    state = random_state(config, seed=(crc32(name.encode()) + 1) % 1000)
     loaded = load(write_checkpoint(tmp_path / "ours", config, state=state, dtype=torch.float32))
     oracle = transformers_model(tmp_path / "theirs", config, state)
     rng = random.Random(name)
