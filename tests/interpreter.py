@@ -27,6 +27,7 @@ def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
     monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
+    monkeypatch.setattr(gpu, "starts_early", lambda device: False)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
     monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
 

@@ -77,6 +77,7 @@ def launches_of(machine: Machine, num_tokens: tuple[int, ...]) -> list[Launch]:
         suits=lambda *tensors: True,
         has_fp8_units=lambda device: has_fp8_units,
         has_descriptors=lambda device: machine.capability >= (9, 0),
+        starts_early=lambda device: machine.capability >= (9, 0),
         num_processors=lambda device: machine.processors,
         shared_memory=lambda device: machine.shared_memory,
     ):
@@ -117,8 +118,10 @@ def _compile(launches: list[Launch], machine: Machine, results: Any) -> None:
     driver.set_active(_Card(machine))  # type: ignore[arg-type]
     for kernel, arguments, options in launches:
         try:
-            filled = {"num_warps": 4, "num_stages": 1, **options}  # as gpu.launch has them
-            kernel.run(*arguments, grid=(1,), warmup=True, enable_fp_fusion=True, **filled)
+            constants = dict(options)
+            num_warps, num_stages = constants.pop("num_warps", 4), constants.pop("num_stages", 1)
+            filled = gpu.launch_options(num_warps, num_stages, starts_early=machine.capability >= (9, 0))
+            kernel.run(*arguments, grid=(1,), warmup=True, **constants, **filled)
             results.put(None)
         except Exception as error:
             results.put(f"{kernel.__name__}: {type(error).__name__}: {str(error)[:200]}")

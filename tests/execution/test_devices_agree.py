@@ -102,6 +102,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu, "suits", lambda *tensors: all(x is None or x.is_cuda for x in tensors))
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
     monkeypatch.setattr(gpu, "has_descriptors", lambda device: False)
+    monkeypatch.setattr(gpu, "starts_early", lambda device: False)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
     monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
     return names

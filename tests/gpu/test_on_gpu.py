@@ -10,10 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from nextn.kernels import gpu
 
 from tests.checkpoints import tiny_config
 from tests.conftest import EngineFactory
-from tests.gpu.checks import check_adds_up, check_logits, check_new_requests_are_seen, check_same_answers, some_plan
+from tests.gpu.checks import (
+    answers,
+    check_adds_up,
+    check_logits,
+    check_new_requests_are_seen,
+    check_same_answers,
+    logits_of,
+    random_pair,
+    some_plan,
+)
 from tests.headers import official_ignores, published_config
 
 FP8_TOLERANCE = 0.15
@@ -67,6 +77,21 @@ def test_recordings_and_overlap_change_no_token_where_results_do_not_depend_on_t
         for drafts, graph, overlap in itertools.product((0, 3), (False, True), (False, True))
     ]
     check_same_answers(make_engine, [{"device": "cuda", "batch_invariant": True, **way} for way in ways])
+
+
+def test_kernels_that_start_early_give_the_same_bits(
+    make_engine: EngineFactory, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that read what its predecessor had not written yet would differ, now and then."""
+    ours, _ = random_pair(config_of("channel", num_hidden_layers=4, n_routed_experts=8, vocab_size=8192), cuda)
+    early = [logits_of(ours, cuda) for _ in range(5)]
+    answered = [answers(make_engine(device="cuda", num_draft_steps=k), seed=k) for k in (0, 3) for _ in range(2)]
+    monkeypatch.setattr(gpu, "starts_early", lambda device: False)
+    in_turn = logits_of(ours, cuda)
+    assert all(torch.equal(one, in_turn) for one in early)
+    assert answered == [
+        answers(make_engine(device="cuda", num_draft_steps=k), seed=k) for k in (0, 3) for _ in range(2)
+    ]
 
 
 def test_overlap_changes_no_token_on_a_cpu_either(make_engine: EngineFactory) -> None:

@@ -45,7 +45,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     source: ASTSource
-    options: dict[str, int]
+    options: dict[str, Any]
     case: str
 
 
@@ -59,8 +59,8 @@ def recorded(arch: int) -> list[Launch]:
     ) -> None:
         assert all(0 < n < 2**31 for n in grid), f"{case}: {kernel.__name__} has the grid {grid}"
         assert all(n < 2**16 for n in grid[1:]), f"{case}: {kernel.__name__} has the grid {grid}"
-        source = specialised(kernel, arguments, constants)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = gpu.launch_options(num_warps, num_stages, starts_early=arch >= 90)
+        source = specialised(kernel, arguments, {**constants, "EARLY": options.pop("EARLY")})
         key = f"{kernel.__name__} {source.signature} {source.constants} {source.attrs} {options}"
         found.setdefault(key, Launch(kernel, source, options, case))
 
@@ -68,6 +68,7 @@ def recorded(arch: int) -> list[Launch]:
     gpu.suits = lambda *tensors: True  # type: ignore[assignment]
     gpu.has_fp8_units = lambda device: arch >= 89  # type: ignore[assignment]
     gpu.has_descriptors = lambda device: arch >= 90  # type: ignore[assignment]
+    gpu.starts_early = lambda device: arch >= 90
     gpu.num_processors = lambda device: PROCESSORS  # type: ignore[assignment]
     gpu.shared_memory = lambda device: SHARED_MEMORY[arch]  # type: ignore[assignment]
     for case, run in all_launches(has_fp8_units=arch >= 89):  # noqa: B007 - read by record
@@ -101,9 +102,8 @@ def specialised(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, An
 
 def compiled(launch: Launch, arch: int) -> dict[str, Any]:
     """Compile and look at what came out."""
-    options = {**launch.options, "enable_fp_fusion": True}
     try:
-        binary = triton.compile(launch.source, target=GPUTarget("cuda", arch, 32), options=options)
+        binary = triton.compile(launch.source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     except Exception as error:
         return {
             "kernel": launch.kernel.__name__,
@@ -128,6 +128,10 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "uses_wgmma": "wgmma.mma_async" in ptx,
         "uses_mma": "mma.sync" in ptx,
         "uses_tcgen05": "tcgen05.mma" in ptx,
+        "reads_early": accesses_before_waiting(
+            ptx, ("ld.global", "cp.async.ca", "cp.async.cg", "cp.async.bulk.tensor")
+        ),
+        "writes_early": accesses_before_waiting(ptx, ("st.global", "atom.", "red.")),
         "multiplies_fp8": any(
             "e4m3" in line or "f8f6f4" in line
             for line in ptx.splitlines()
@@ -139,6 +143,12 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
             if isinstance(value, int)
         },
     }
+
+
+def accesses_before_waiting(ptx: str, instructions: tuple[str, ...]) -> int | None:
+    """How often they touch memory while the launch before may still run; None if that is not waited for."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return sum(before.count(instruction) for instruction in instructions) if wait else None
 
 
 def main(arguments: list[str]) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,24 @@ def test_quantization_equals_torch_bit_for_bit(
     assert torch.equal(got_q.float().cpu(), q.float())
 
 
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_does_not_become_one(value: float, group_size: int | None, device: torch.device) -> None:
+    x = torch.randn(2, 48).bfloat16()
+    x[0, 20] = value
+    for rows in (x, x.to(device)):  # in torch, and in Triton
+        q, scale = (
+            fp8_quantize._quantize_reference(rows.cpu(), group_size)
+            if rows is x
+            else fp8_quantize.quantize_per_token(rows)
+            if group_size is None
+            else fp8_quantize.quantize_per_group(rows, group_size)
+        )
+        wide = q.float().cpu() * scale.cpu().repeat_interleave(group_size or 48, 1)
+        assert not wide[0, 20].isfinite()
+        assert bool(wide[1].isfinite().all())
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
 
 SMALL_M = 64
 """Up to this many rows, the product is limited by reading the weight."""
@@ -303,6 +303,7 @@ def _launch_matmul(
         TRANSPOSED=config.transposed,
         SPLIT=config.split_k > 1,
         EVEN_K=k % block_k == 0,
+        PREFETCH=gpu.prefetch_bytes(weight) if m <= SMALL_M else 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
@@ -481,9 +482,11 @@ def _matmul(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (tile, split). GROUP_K: 0 for scales per row and channel, else scales per group along K."""
     row, column = tile_at(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
@@ -493,6 +496,13 @@ def _matmul(  # type: ignore[no-untyped-def]
     first, last = 0, tl.cdiv(k, BLOCK_K)
     if SPLIT:
         first, last = steps_of_split(last)
+    if PREFETCH > 0:
+        prefetch_rows(
+            weight + safe_columns.to(tl.int64) * k + first * BLOCK_K,
+            min(last * BLOCK_K, k) - first * BLOCK_K,
+            PREFETCH,
+        )
+    wait_for_predecessor(EARLY)
     inner = tl.arange(0, BLOCK_K)
     if not BY_DESCRIPTOR:
         x_tile = x + safe_rows.to(tl.int64)[:, None] * x_stride + inner[None, :]

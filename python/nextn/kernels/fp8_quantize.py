@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -112,7 +112,10 @@ def _launch_quantize(x: torch.Tensor, group_size: int | None) -> tuple[torch.Ten
 
 @jit
 def store_quantized(values, q, scale, row, columns, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Quantize one row and store it. values: [BLOCK] float32, zero beyond ``columns``; GROUP: 0 for the whole row."""
+    """Quantize one row and store it; what is not a number stays so.
+
+    values: [BLOCK] float32, zero beyond ``columns``; GROUP: 0 for the whole row
+    """
     offsets = tl.arange(0, BLOCK)
     if GROUP == 0:
         one = tl.math.div_rn(tl.max(tl.abs(values), 0), 448.0)
@@ -129,13 +132,14 @@ def store_quantized(values, q, scale, row, columns, GROUP: tl.constexpr, BLOCK: 
         tl.store(scale + row * num_groups + index, each, mask=index < num_groups)
         wide = tl.broadcast_to(each[:, None], (groups, GROUP))
         scaled = tl.reshape(tl.math.div_rn(grouped, wide), (BLOCK,))
-    codes = tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)
+    codes = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     tl.store(q + row * columns + offsets, codes, mask=offsets < columns)
 
 
 @jit
-def _quantize_rows(x, q, scale, stride, columns, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantize_rows(x, q, scale, stride, columns, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program per row."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + offsets, mask=offsets < columns, other=0.0).to(tl.float32)

@@ -185,6 +185,15 @@ def fused_moe_stacked(
     )
     rows, scale = quantize(activated)
     pairs = expert_matmul(
-        rows, scale, experts.w2, experts.w2_scale, block, alignment, config, swiglu=False, out_dtype=dtype
+        rows,
+        scale,
+        experts.w2,
+        experts.w2_scale,
+        block,
+        alignment,
+        config,
+        swiglu=False,
+        out_dtype=dtype,
+        experts_are_old=True,
     )
     return moe_combine(pairs, expert_weights, residual)

@@ -27,12 +27,21 @@ __all__ = [
     "has_fp8_units",
     "jit",
     "launch",
+    "launch_options",
     "next_power_of_2",
     "num_processors",
+    "prefetch_bytes",
+    "prefetch_rows",
     "shared_memory",
+    "starts_early",
     "suits",
     "tl",
+    "wait_for_predecessor",
 ]
+
+
+PREFETCH_BYTES = 512
+"""With a wave of programs of 64 rows, some 10 MB: what memory delivers while a small kernel runs."""
 
 
 def jit(function: Callable[..., Any] | None = None, *, varying: tuple[str, ...] = ()) -> Any:
@@ -62,9 +71,60 @@ def launch(
     """Run a kernel on the current stream.
 
     grid: programs along up to three axes
-    arguments: its tensors, sizes and strides, in order; constants: its compile-time constants, by name
+    arguments: its tensors, sizes and strides, in order, a tensor first; constants: its compile-time constants, by name
     """
-    kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
+    first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
+    options = launch_options(num_warps, num_stages, starts_early=starts_early(first.device))
+    kernel[grid](*arguments, **constants, **options)
+
+
+def launch_options(num_warps: int, num_stages: int, *, starts_early: bool) -> dict[str, Any]:
+    """What every kernel is compiled with beside its own constants."""
+    return {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,
+        "launch_pdl": starts_early,
+        "EARLY": starts_early,
+    }
+
+
+@jit
+def wait_for_predecessor(EARLY: tl.constexpr):  # type: ignore[no-untyped-def, name-defined]
+    """Every kernel calls this before it reads or writes memory; see ``starts_early``.
+
+    It waits until the launch before has ended and its stores are seen, then lets the next one's programs start. So one
+    launch at most is ahead of its turn, and what was stored two launches before may be read without waiting.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def prefetch_rows(rows, num_elements, PREFETCH: tl.constexpr):  # type: ignore[no-untyped-def, name-defined]
+    """Have the beginnings of rows brought to the L2 cache, which takes no registers and is not waited for.
+
+    rows: [R] pointers, aligned to 16 bytes; num_elements: of each, whose bytes are a multiple of 16
+    PREFETCH: most bytes of each
+    """
+    part = tl.arange(0, 2)[None, :] * (PREFETCH // 2)
+    places = rows.to(tl.uint64)[:, None] + part.to(tl.uint64)
+    num_bytes = num_elements * (rows.dtype.scalar.element_ty.primitive_bitwidth // 8)
+    sizes = tl.minimum(num_bytes - part, PREFETCH // 2) + tl.zeros(places.shape, tl.int32)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred is_wanted;
+        setp.gt.s32 is_wanted, $2, 0;
+        @is_wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [places, sizes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 def has_fp8_units(device: torch.device) -> bool:
@@ -75,6 +135,21 @@ def has_fp8_units(device: torch.device) -> bool:
 def has_descriptors(device: torch.device) -> bool:
     """Whether the card copies tiles by descriptor (its tensor memory accelerator; compute capability 9.0 and up)."""
     return _capability(device) >= (9, 0)
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel's programs start while the launch before still runs (programmatic dependent launch, 9.0 and up).
+
+    What a launch costs, and what a kernel can do before it needs its inputs, then hides behind its predecessor.
+    """
+    return _capability(device) >= (9, 0)
+
+
+def prefetch_bytes(weight: torch.Tensor) -> int:
+    """How much of each row of a weight [..., K] a kernel may ask for before its inputs are there; 0 for nothing."""
+    if not starts_early(weight.device) or weight.shape[-1] * weight.itemsize % 16 or weight.data_ptr() % 16:
+        return 0
+    return PREFETCH_BYTES
 
 
 def can_be_described(x: torch.Tensor) -> bool:

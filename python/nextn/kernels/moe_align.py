@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 MAX_CHUNK = 2048
 
@@ -116,8 +116,10 @@ def _align_expert(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program e places expert e's pairs; the last one also marks the blocks that are not needed."""
+    wait_for_predecessor(EARLY)
     expert = tl.program_id(0)
     inside = tl.arange(0, CHUNK)
     counts = tl.zeros((BINS,), tl.int32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 BLOCK = 1024
 
@@ -55,8 +55,10 @@ def _combine(  # type: ignore[no-untyped-def]
     TOP_K: tl.constexpr,
     PAIRS_PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, columns)."""
+    wait_for_predecessor(EARLY)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < hidden

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nextn.kernels import gpu
 from nextn.kernels.fp8_matmul import dequantize, product, widened
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
 from nextn.kernels.moe_align import MoeAlignment
 
 BLOCK_K_BYTES = 128
@@ -63,6 +63,7 @@ def expert_matmul(
     *,
     swiglu: bool,
     out_dtype: torch.dtype,
+    experts_are_old: bool = False,
 ) -> torch.Tensor:
     """x · weightᵀ for every pair with its expert; with ``swiglu``, silu(gate) · up of it, in float32.
 
@@ -70,6 +71,8 @@ def expert_matmul(
     weight: [E, N, K] float8_e4m3fn, or as x without scales; with ``swiglu`` N = 2I, the gate's rows first
     weight_scale: [E, N, 1] float32, or [E, ⌈N / block_n⌉, ⌈K / block_k⌉] with ``block``; with ``swiglu`` gate and up
         have their own blocks, [E, 2⌈I / block_n⌉, ⌈K / block_k⌉]
+    experts_are_old: whether something was launched since the alignment was made, so that few rows can ask for weights
+        before x is there (see ``gpu.wait_for_predecessor``)
     Triton serves a block_k that is a power of two, from 32 on.
     Returns [num_pairs, N or I] in out_dtype.
     """
@@ -85,9 +88,12 @@ def expert_matmul(
     is_widened = weight.itemsize < x.itemsize
     block_k = min(BLOCK_K_BYTES // x.itemsize, group_k or BLOCK_K_BYTES)
     step_bytes = (config.block_m * x.itemsize + config.block_n * weight.itemsize) * block_k
+    grid = (gpu.cdiv(num_rows, config.block_n), alignment.num_blocks)
+    # Where programs are too few to share processors, each keeps more loads in flight.
+    are_few = config.transposed and grid[0] * grid[1] < 2 * gpu.num_processors(x.device)
     gpu.launch(
         _expert_matmul,
-        (gpu.cdiv(num_rows, config.block_n), alignment.num_blocks),
+        grid,
         x,
         x if x_scale is None else x_scale,
         weight.view(torch.uint8) if is_widened else weight,
@@ -104,7 +110,9 @@ def expert_matmul(
         0 if weight_scale is None else weight_scale.shape[1],
         0 if weight_scale is None else weight_scale.shape[2],
         num_warps=config.num_warps,
-        num_stages=min(config.num_stages, (gpu.shared_memory(x.device) - 2048) // step_bytes),
+        num_stages=min(
+            2 * config.num_stages if are_few else config.num_stages, (gpu.shared_memory(x.device) - 2048) // step_bytes
+        ),
         SWIGLU=swiglu,
         IS_ONE_TOKEN=alignment.pairs is None,
         PAIRS_PER_ROW=alignment.num_pairs // x.shape[0],
@@ -115,6 +123,7 @@ def expert_matmul(
         WIDEN=is_widened,
         TRANSPOSED=config.transposed,
         EVEN_K=k % block_k == 0,
+        PREFETCH=gpu.prefetch_bytes(weight) if experts_are_old and config.transposed else 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
@@ -186,9 +195,11 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (tile of weight rows, block of pairs). GROUP_K: 0 for scales per row and channel.
 
@@ -196,17 +207,7 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     """
     tile, block = tl.program_id(0), tl.program_id(1)
     inner_m, inner_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    if IS_ONE_TOKEN:
-        expert = tl.load(experts + block, mask=block < num_listed, other=last_expert).to(tl.int64)
-        pair = tl.where(inner_m == 0, block, num_pairs)
-    else:
-        expert = tl.load(experts + block).to(tl.int64)
-        if expert < 0:
-            return
-        pair = tl.load(pairs + block * BLOCK_M + inner_m)
-    # Rows beyond the end are zeros, columns beyond the end are the first ones; neither is stored.
-    is_pair = (pair < num_pairs)[:, None]
-    row = (tl.where(pair < num_pairs, pair, 0) // PAIRS_PER_ROW).to(tl.int64)
+    # Columns beyond the end are the first ones, and are not stored.
     halves: tl.constexpr = 2 if SWIGLU else 1
     width: tl.constexpr = BLOCK_N // halves
     half = inner_n % halves
@@ -215,6 +216,25 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     weight_row = column + half * n
     num_rows = n * halves
     scale_row = column // GROUP_N + half * (num_scale_rows // halves)
+
+    if PREFETCH == 0:
+        wait_for_predecessor(EARLY)
+    if IS_ONE_TOKEN:
+        expert = tl.load(experts + block, mask=block < num_listed, other=last_expert).to(tl.int64)
+        pair = tl.where(inner_m == 0, block, num_pairs)
+    else:
+        expert = tl.load(experts + block).to(tl.int64)
+        pair = tl.load(pairs + block * BLOCK_M + inner_m)
+    if PREFETCH > 0:
+        if block * tl.num_programs(0) + tile < 1024:  # later ones do not start early
+            rows = weight + (tl.maximum(expert, 0) * num_rows + weight_row) * k
+            prefetch_rows(rows, k, PREFETCH)
+        wait_for_predecessor(EARLY)
+    if expert < 0:
+        return
+    # Rows beyond the end are zeros, and are not stored.
+    is_pair = (pair < num_pairs)[:, None]
+    row = (tl.where(pair < num_pairs, pair, 0) // PAIRS_PER_ROW).to(tl.int64)
 
     inner_k = tl.arange(0, BLOCK_K)
     x_tile = x + row[:, None] * k + inner_k[None, :]

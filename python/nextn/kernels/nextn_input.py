@@ -28,7 +28,7 @@ from nextn.kernels.fp8_matmul import (
     workspace,
 )
 from nextn.kernels.fp8_quantize import warps_for_row
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
 from nextn.kernels.rms_norm import rms_norm
 
 
@@ -210,6 +210,7 @@ def _launch_projection(
         TRANSPOSED=config.transposed,
         SPLIT=config.split_k > 1,
         EVEN_K=size % block_k == 0,
+        PREFETCH=gpu.prefetch_bytes(weight) if num_tokens <= SMALL_M and size * weight.itemsize % 16 == 0 else 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
@@ -219,9 +220,10 @@ def _launch_projection(
 
 @jit(varying=("input_ids",))
 def _norm_factors(  # type: ignore[no-untyped-def]
-    input_ids, embedding, hidden_states, factors, size, hidden_stride, eps, BLOCK: tl.constexpr
+    input_ids, embedding, hidden_states, factors, size, hidden_stride, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
     """Program (token, half). What RMSNorm multiplies a row by, before its weight."""
+    wait_for_predecessor(EARLY)
     token, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < size
@@ -257,9 +259,11 @@ def _project(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (tile, split). A step along K lies in one half; each half is stepped through from its own start."""
     row, column = tile_at(tl.program_id(0), num_tokens, n, BLOCK_M, BLOCK_N)
@@ -270,6 +274,11 @@ def _project(  # type: ignore[no-untyped-def]
     first, last = 0, 2 * steps_of_half
     if SPLIT:
         first, last = steps_of_split(last)
+    if PREFETCH > 0:
+        # A step past the middle begins at the second half's own start.
+        begin = first * BLOCK_K if first < steps_of_half else size + (first - steps_of_half) * BLOCK_K
+        prefetch_rows(weight + safe_columns.to(tl.int64) * (2 * size) + begin, 2 * size - begin, PREFETCH)
+    wait_for_predecessor(EARLY)
     inner = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
     for half in tl.static_range(2):

@@ -17,13 +17,15 @@ from nextn.kernels import gpu
 from nextn.kernels.attention_layout import AttentionLayout
 from nextn.kernels.fp8_matmul import widened
 from nextn.kernels.fp8_quantize import FP8
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORT = 16
 """New tokens up to which a sequence is launched apart from longer ones, and its keys are always divided."""
 MIN_PART = 4
 """Least steps over keys that are worth a program."""
+PARTS_AT_ONCE = 16
+"""Parts that the merge adds up in one go."""
 INVARIANT_PART = 4096
 """Keys that are added up in a row before their sum joins the others', where the order may not depend on the batch."""
 
@@ -192,15 +194,15 @@ def _launch_tiles(
     if is_split:
         gpu.launch(
             _merge_parts,
-            (num_tokens, num_kv_heads),
+            (num_tokens, num_heads),
             out,
             sums,
             maxima,
             *items,
             num_items,
             num_warps=4,
-            num_stages=4,
-            GROUP_ROWS=gpu.next_power_of_2(group),
+            num_stages=2,
+            CHUNK=1 if batch_invariant else PARTS_AT_ONCE,
             **sizes,
         )
 
@@ -361,6 +363,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (KV head, item): what runs together reads all of a token's keys, which lie side by side.
 
@@ -374,6 +377,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     ends = tl.cumsum(items)
     seq = tl.sum((ends <= item).to(tl.int32))
+    wait_for_predecessor(EARLY)  # lengths are older than the rotated queries
     if seq >= num_seqs:
         return
     first_row = tl.load(cu_seqlens_q + seq)
@@ -468,7 +472,7 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     longest,
     wanted_items,
     num_items,
-    GROUP_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     INVARIANT: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
@@ -477,12 +481,14 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Program (token, KV head): adds the parts of the rows of one token, if there are several, in their order."""
-    token, kv_head = tl.program_id(0), tl.program_id(1)
+    """Program (token, head): adds the parts of its row, if there are several, CHUNK at a time and in their order."""
+    token, head = tl.program_id(0), tl.program_id(1)
     seqs = tl.arange(0, BLOCK_S)
     lasts = tl.load(cu_seqlens_q + seqs + 1, mask=seqs < num_seqs, other=2**62)
     seq = tl.sum((lasts <= token).to(tl.int32))
+    wait_for_predecessor(EARLY)
     if seq >= num_seqs:
         return
     first_row = tl.load(cu_seqlens_q + seq)
@@ -497,22 +503,30 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     num_parts = tl.cdiv(tl.cdiv(start + length, BLOCK_N), part_blocks)
     if num_parts == 1:
         return
-    heads = tl.arange(0, GROUP_ROWS)
-    is_head = heads < GROUP
-    rows = (token - first_row.to(tl.int32)) * GROUP + tl.where(is_head, heads, 0)
-    first_items = tl.sum(tl.where(seqs < seq, items, 0)) + rows // BLOCK_M * num_parts
+    num_heads = tl.num_programs(1)
+    num_kv_heads = num_heads // GROUP
+    row = (token - first_row.to(tl.int32)) * GROUP + head % GROUP
+    first_item = tl.sum(tl.where(seqs < seq, items, 0)) + row // BLOCK_M * num_parts
+    to_totals = num_items.to(tl.int64) * num_kv_heads * BLOCK_M
     dims = tl.arange(0, HEAD_DIM)
-    sums = tl.zeros((GROUP_ROWS, HEAD_DIM), tl.float32)
-    maxima = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
-    totals = tl.zeros((GROUP_ROWS,), tl.float32)
-    to_totals = num_items.to(tl.int64) * tl.num_programs(1) * BLOCK_M
-    for part in tl.range(0, num_parts, num_stages=4):
-        places = ((first_items + part).to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + rows % BLOCK_M
-        part_maxima = tl.load(maxima_of_items + places)
-        part_totals = tl.load(maxima_of_items + to_totals + places)
-        part_sums = tl.load(sums_of_items + places[:, None] * HEAD_DIM + dims[None, :])
-        sums, maxima, totals = folded(sums, maxima, totals, part_sums, part_maxima, part_totals)
-    num_heads = tl.num_programs(1) * GROUP
-    places = token.to(tl.int64) * (num_heads * HEAD_DIM) + (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    sums = tl.zeros((1, HEAD_DIM), tl.float32)
+    maxima = tl.full((1,), float("-inf"), tl.float32)
+    totals = tl.zeros((1,), tl.float32)
+    for first in range(0, num_parts, CHUNK):
+        parts = first + tl.arange(0, CHUNK)
+        is_part = parts < num_parts
+        places = ((first_item + parts).to(tl.int64) * num_kv_heads + head // GROUP) * BLOCK_M + row % BLOCK_M
+        part_maxima = tl.load(maxima_of_items + places, mask=is_part, other=float("-inf"))
+        part_totals = tl.load(maxima_of_items + to_totals + places, mask=is_part, other=0.0)
+        part_sums = tl.load(
+            sums_of_items + places[:, None] * HEAD_DIM + dims[None, :], mask=is_part[:, None], other=0.0
+        )
+        highest = tl.max(part_maxima, 0)
+        factors = tl.exp2(part_maxima - tl.where(highest == float("-inf"), 0.0, highest))
+        chunk_sums = tl.sum(part_sums * factors[:, None], 0)[None, :]
+        chunk_totals = tl.sum(part_totals * factors, 0) + tl.zeros((1,), tl.float32)
+        chunk_maxima = highest + tl.zeros((1,), tl.float32)
+        sums, maxima, totals = folded(sums, maxima, totals, chunk_sums, chunk_maxima, chunk_totals)
+    places = (token.to(tl.int64) * num_heads + head) * HEAD_DIM + dims[None, :]
     mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
-    tl.store(out + places, mean.to(out.dtype.element_ty), mask=is_head[:, None])
+    tl.store(out + places, mean.to(out.dtype.element_ty))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 PART = 8192
 """Tokens of a row that one program works on."""
@@ -289,8 +289,10 @@ def _adjust_rows(  # type: ignore[no-untyped-def]
     STOPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row and part of the vocabulary."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     seq = row // rows_per_seq
     num_drafts = (row % rows_per_seq).to(tl.int32) + num_before
@@ -345,7 +347,8 @@ def _adjust_rows(  # type: ignore[no-untyped-def]
 
 
 @jit(varying=("slots", "tokens", "n", "width"))
-def _count_tokens(output_counts, slots, tokens, n, width, vocab_size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _count_tokens(output_counts, slots, tokens, n, width, vocab_size, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_predecessor(EARLY)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     slot = tl.load(slots + offsets // width, mask=mask, other=-1).to(tl.int64)

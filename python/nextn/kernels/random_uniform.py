@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 DRAFT_STREAM = 0
 """Draws the draft token of a position."""
@@ -86,7 +86,8 @@ def _mixed(z):  # type: ignore[no-untyped-def]
 
 
 @jit(varying=("seeds", "positions", "n", "width"))
-def _uniform_numbers(seeds, positions, out, n, width, STREAM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _uniform_numbers(seeds, positions, out, n, width, STREAM: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_predecessor(EARLY)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     seed = tl.load(seeds + offsets // width, mask=mask, other=0)

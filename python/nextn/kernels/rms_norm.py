@@ -18,7 +18,7 @@ from nextn.kernels.fp8_quantize import (
     store_quantized,
     warps_for_row,
 )
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,14 @@ def _norm_rows(  # type: ignore[no-untyped-def]
     QUANTIZE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row. The sum and the normed row are rounded to x's dtype before they are used further."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < columns
+    weights = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
+    wait_for_predecessor(EARLY)
     values = tl.load(x + row * columns + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         values += tl.load(residual + row * columns + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -143,7 +146,7 @@ def _norm_rows(  # type: ignore[no-untyped-def]
         tl.store(total + row * columns + offsets, rounded, mask=mask)
         values = rounded.to(tl.float32)
     factor = 1.0 / tl.sqrt_rn(tl.sum(values * values, 0) / columns + eps)
-    scaled = values * factor * tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
+    scaled = values * factor * weights
     out = scaled.to(normed.dtype.element_ty)
     tl.store(normed + row * columns + offsets, out, mask=mask)
     if QUANTIZE:

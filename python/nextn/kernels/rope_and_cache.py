@@ -11,7 +11,7 @@ import torch
 
 from nextn.kernels import gpu, native
 from nextn.kernels.fp8_quantize import FP8, FP8_MAX
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.rms_norm import rms_norm
 from nextn.kernels.rotary import RotaryTable, apply_rotary
 
@@ -185,6 +185,7 @@ def _rope_and_cache(  # type: ignore[no-untyped-def]
     HAS_NORM: tl.constexpr,
     IS_FP8: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, block of heads). A dimension's partner is read beside it; both are normed alike."""
     token = tl.program_id(0).to(tl.int64)
@@ -194,13 +195,15 @@ def _rope_and_cache(  # type: ignore[no-untyped-def]
     partners = tl.where(dims < half, dims + half, tl.where(dims < ROTARY_DIM, dims - half, dims))
     is_turned = heads < NUM_HEADS + NUM_KV_HEADS
     is_head = heads < NUM_HEADS + 2 * NUM_KV_HEADS
-    first = qkv + token * stride + heads[:, None] * HEAD_DIM
-    values = tl.load(first + dims[None, :], mask=is_head[:, None], other=0.0)
-    others = tl.load(first + partners[None, :], mask=is_turned[:, None], other=0.0)
+    # Positions and slots are older than the product that qkv comes from.
     position = tl.load(positions + token)
     slot = tl.load(slot_mapping + token)
     cosines = tl.load(cos + position * HEAD_DIM + dims)
     sines = tl.load(sin + position * HEAD_DIM + dims)
+    wait_for_predecessor(EARLY)
+    first = qkv + token * stride + heads[:, None] * HEAD_DIM
+    values = tl.load(first + dims[None, :], mask=is_head[:, None], other=0.0)
+    others = tl.load(first + partners[None, :], mask=is_turned[:, None], other=0.0)
 
     turned, beside = values.to(tl.float32), others.to(tl.float32)
     if HAS_NORM:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.kernels import gpu, native
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.linear import PackedWeight, linear
 
 MAX_TOKEN_TILES = 1 << 14
@@ -182,16 +182,24 @@ def _launch_route(
 
 
 @jit
+def _upper_half(x):  # type: ignore[no-untyped-def]
+    """The upper 16 bits of a float32, which are a bfloat16, and what they leave, exactly."""
+    bits = x.to(tl.int32, bitcast=True)
+    upper = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return upper, x - (bits & -65536).to(tl.float32, bitcast=True)
+
+
+@jit
 def _exact_product(x, gate):  # type: ignore[no-untyped-def]
     """x gateᵀ of [BLOCK_M, BLOCK_K] and float32 [BLOCK_E, BLOCK_K].
 
-    A float32 is the sum of three bfloat16, so that three products of bfloat16 lose nothing, and are faster.
+    A float32 is the sum of three bfloat16, its bits cut in three, so that three products of bfloat16 lose nothing, and
+    are faster.
     """
     if x.dtype == tl.bfloat16:
-        first = gate.to(tl.bfloat16)
-        rest = gate - first.to(tl.float32)
-        second = rest.to(tl.bfloat16)
-        third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+        first, rest = _upper_half(gate)
+        second, rest = _upper_half(rest)
+        third, _rest = _upper_half(rest)
         total = tl.dot(x, tl.trans(third))
         total = tl.dot(x, tl.trans(second), total)
         total = tl.dot(x, tl.trans(first), total)
@@ -278,8 +286,10 @@ def _route(  # type: ignore[no-untyped-def]
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (tile of tokens, tile of experts, split). Tokens' choices are made ROWS at a time."""
+    wait_for_predecessor(EARLY)
     tile, split = tl.program_id(0), tl.program_id(2)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)

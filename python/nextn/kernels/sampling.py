@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 PART = 4096
 """Tokens of a row that one program works on."""
@@ -253,9 +253,18 @@ def _exponential(x, largest, divisor):  # type: ignore[no-untyped-def]
 
 @jit(varying=("temperature",))
 def _parts_of_rows(  # type: ignore[no-untyped-def]
-    logits, temperature, best, sums, vocab_size, parts, WITH_SUMS: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    temperature,
+    best,
+    sums,
+    vocab_size,
+    parts,
+    WITH_SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row and part."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     offsets = part * BLOCK + tl.arange(0, BLOCK)
@@ -269,8 +278,9 @@ def _parts_of_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _first_largest(best, out, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _first_largest(best, out, parts, PARTS: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program per row."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, PARTS)
     packed = tl.load(best + row * parts + index, mask=index < parts, other=-0x7FFFFFFFFFFFFFFF)
@@ -335,8 +345,10 @@ def _normalise(  # type: ignore[no-untyped-def]
     LEVELS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Write probabilities; count those of rows to truncate by level. One program per row and part."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     index = tl.arange(0, PARTS)
@@ -423,8 +435,10 @@ def _gather_candidates(  # type: ignore[no-untyped-def]
     CANDIDATES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Move tokens that may be kept together, in their order, and leave zeros. One program per row and part."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     k, p, least, truncates = _rules_of(
@@ -495,8 +509,10 @@ def _truncate_rows(  # type: ignore[no-untyped-def]
     LEVELS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Find the smallest probability to keep, and how many of its equals; write what is kept. One program per row."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     k, p, least, truncates = _rules_of(
         temperature, top_k, top_p, min_p, row, vocab_size, HAS_TOP_K, HAS_TOP_P, HAS_MIN_P
@@ -525,7 +541,7 @@ def _truncate_rows(  # type: ignore[no-untyped-def]
             target = p * total
             cut = _bisect(source, num, low, high, target, True, BLOCK)
             missing = target - _sum_above(source, num, cut, True, BLOCK)
-            equal = tl.maximum(cut.to(tl.float32, bitcast=True), 1e-38)
+            equal = tl.maximum(cut.to(tl.float32, bitcast=True), 1.2e-38)
             needed = tl.minimum(tl.ceil(tl.math.div_rn(missing, equal)), 1e9).to(tl.int32)
             needed = tl.maximum(needed, 1)
             ties = tl.where(cut > low, needed, tl.minimum(needed, ties))
@@ -555,8 +571,9 @@ def _truncate_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _mass_of_parts(probs, masses, vocab_size, parts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mass_of_parts(probs, masses, vocab_size, parts, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program per row and part."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     offsets = part * BLOCK + tl.arange(0, BLOCK)
@@ -587,9 +604,10 @@ def token_to_draw(mass, offsets, threshold, vocab_size):  # type: ignore[no-unty
 
 @jit(varying=("uniform",))
 def _draw_rows(  # type: ignore[no-untyped-def]
-    probs, uniform, masses, out, vocab_size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    probs, uniform, masses, out, vocab_size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
     """One program per row."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, PARTS)
     mass = tl.load(masses + row * parts + index, mask=index < parts, other=0.0)

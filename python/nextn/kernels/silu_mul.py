@@ -13,7 +13,7 @@ from nextn.kernels.fp8_quantize import (
     store_quantized,
     warps_for_row,
 )
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -65,8 +65,11 @@ def _launch_silu_mul(
 
 
 @jit
-def _silu_mul_rows(gate_up, out, scale, columns, QUANTIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_mul_rows(
+    gate_up, out, scale, columns, QUANTIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """One program per row."""
+    wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < columns

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.random_uniform import ACCEPT_STREAM, FINAL_STREAM, random_uniform, uniform
 from nextn.kernels.sampling import PART, part_to_draw_from, sample_tokens, token_to_draw
 
@@ -184,9 +184,18 @@ def _launch_chains(
 
 @jit(varying=("target_tokens", "draft_tokens", "num_seqs", "num_drafts"))
 def _greedy_chains(  # type: ignore[no-untyped-def]
-    target_tokens, draft_tokens, num_accepted, tokens, num_seqs, num_drafts, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    target_tokens,
+    draft_tokens,
+    num_accepted,
+    tokens,
+    num_seqs,
+    num_drafts,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """BLOCK chains per program."""
+    wait_for_predecessor(EARLY)
     seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
     exists = (seq < num_seqs)[:, None]
@@ -223,7 +232,7 @@ def _accepted_run(  # type: ignore[no-untyped-def]
         p = tl.load(target_probs + (seq * (NUM_DRAFTS + 1) + j) * vocab_size + at)
         q = 1.0
         if HAS_Q:
-            q = tl.load(draft_probs + seq * stride_seq + j * stride_draft + at).to(tl.float64)
+            q = tl.load(draft_probs + seq * stride_seq + tl.full((), j, tl.int64) * stride_draft + at).to(tl.float64)
         kept = (uniform(seed, position + j, 1) * q < p) & (draft >= 0)
         runs = accepted == j
         refused = tl.where(runs & (kept == 0), draft, refused)
@@ -251,7 +260,7 @@ def _residual(  # type: ignore[no-untyped-def]
     mask = offsets < vocab_size
     p = tl.load(target_probs + (seq * (NUM_DRAFTS + 1) + accepted) * vocab_size + offsets, mask=mask, other=0.0)
     if HAS_Q:
-        row = draft_probs + seq * stride_seq + accepted * stride_draft
+        row = draft_probs + seq * stride_seq + accepted.to(tl.int64) * stride_draft
         q = tl.load(row + offsets, mask=offsets < tl.where(refused >= 0, vocab_size, 0), other=0.0)
         rest = tl.maximum(p - q, 0.0)
     else:
@@ -275,8 +284,10 @@ def _sum_residuals(  # type: ignore[no-untyped-def]
     NUM_DRAFTS: tl.constexpr,
     HAS_Q: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Sums of p and of max(p - q, 0) over one part of one chain's last row."""
+    wait_for_predecessor(EARLY)
     seq = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     seed, position = tl.load(seeds + seq), tl.load(positions + seq)
@@ -331,8 +342,10 @@ def _decide_chains(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per chain."""
+    wait_for_predecessor(EARLY)
     seq = tl.program_id(0).to(tl.int64)
     seed, position = tl.load(seeds + seq), tl.load(positions + seq)
     accepted, refused = _accepted_run(

@@ -7,7 +7,7 @@ the context that holds if the first j drafts are accepted, so every rule is exac
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,10 +76,17 @@ def probs_of_rows(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     """
     params = [row.sampling for row in rows]
     device = logits.device
+
+    def rule(values: list[Any], off: float) -> torch.Tensor | None:
+        """None where all are off, but on a GPU, where each choice of rules would be kernels of its own to compile."""
+        dtype = torch.int64 if isinstance(off, int) else torch.float32
+        is_given = device.type == "cuda" or any(value != off for value in values)
+        return torch.tensor(values, dtype=dtype, device=device) if is_given else None
+
     return sampling_probs(
         logits,
         torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.top_k for p in params], device=device) if any(p.top_k for p in params) else None,
-        torch.tensor([p.top_p for p in params], device=device) if any(p.top_p < 1 for p in params) else None,
-        torch.tensor([p.min_p for p in params], device=device) if any(p.min_p for p in params) else None,
+        rule([p.top_k for p in params], 0),
+        rule([p.top_p for p in params], 1.0),
+        rule([p.min_p for p in params], 0.0),
     )
