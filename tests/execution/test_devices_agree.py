@@ -159,7 +159,7 @@ def test_a_decode_step_stays_on_the_device(
     rows = DecodeRows(*torch.zeros(3, NUM_SLOTS, dtype=torch.int64, device=CUDA).unbind())
     decided = step.run(rows, num_drafts, is_greedy=is_greedy)
     assert decided.is_cuda
-    assert decided.shape == (NUM_SLOTS, num_drafts + 2)
+    assert decided.shape == (NUM_SLOTS, num_drafts + 1)
     assert len(launched) > 20
 
 
