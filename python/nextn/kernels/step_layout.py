@@ -274,7 +274,7 @@ def _lay_out_sequences(  # type: ignore[no-untyped-def]
     page = tl.load(pages + places, mask=places < max_pages, other=0)
     tl.store(out_pages + seq * max_pages + places, page, mask=places < max_pages)
     if tl.program_id(1) == 0:
-        is_real = tl.load(write + seq) != num_rows - 1
+        end = tl.where(tl.load(write + seq) == num_rows - 1, 0, context_length)  # of what is kept
         length = tl.load(num_tokens + slot)
         row = tokens + slot * width
         tl.store(single + seq, tl.load(seeds + slot))
@@ -287,7 +287,7 @@ def _lay_out_sequences(  # type: ignore[no-untyped-def]
         exists = column <= num_drafts
         lengths = length + column
         positions = tl.minimum(lengths, context_length) - 1
-        slots = _slots_of(pages, positions, exists & is_real & (lengths <= context_length), scratch_slot, PAGE_SIZE)
+        slots = _slots_of(pages, positions, exists & (lengths <= end), scratch_slot, PAGE_SIZE)
         plane = num_seqs * (num_drafts + 1)
         at = by_seq + seq * (num_drafts + 1) + column
         tl.store(at, tl.load(row + length - 1 + column, mask=column == 0, other=0), mask=column == 0)
@@ -303,7 +303,7 @@ def _lay_out_sequences(  # type: ignore[no-untyped-def]
         column = tl.arange(0, KNOWN)
         exists = column < num_known
         positions = length - num_known + column
-        has_entry = exists & is_real & (positions >= 1) & (positions < context_length)
+        has_entry = exists & (positions >= 1) & (positions < end)
         positions = tl.maximum(positions, 0)
         before = tl.maximum(positions - 1, 0)
         plane = num_seqs * num_known

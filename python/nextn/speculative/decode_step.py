@@ -110,7 +110,7 @@ class DecodeStep:
         return choice.verify(logits, draft_tokens, draft_probs)
 
     def _lay_out(self, rows: DecodeRows, num_drafts: int) -> StepLayout:
-        """The last reach + 1 known tokens may lack their entries of the draft layer, whatever the last steps drafted."""
+        """The last reach + 1 known tokens may lack entries of the draft layer, whatever the last steps drafted."""
         state = self._state
         return lay_out_step(
             rows.read,
