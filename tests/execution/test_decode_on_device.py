@@ -192,6 +192,18 @@ def test_the_end_of_the_context_is_reached_as_in_the_plain_step(make_engine: Eng
     assert run_all(make_engine(decode_on_device=True, **options), requests) == expected
 
 
+def test_what_a_step_looks_at_beyond_the_context_is_on_the_scratch_page(make_engine: EngineFactory) -> None:
+    """A chain's last drafts may stand there, and see all keys up to their own."""
+    engine = make_engine(context_length=64, page_size=8, decode_on_device=True)
+    run_all(engine, _requests(6, max_new_tokens=100))
+    runner = engine._stepper._runner
+    assert runner is not None
+    state = runner._state
+    assert state.page_table.shape[1] * 8 >= state.width
+    assert bool((state.page_table[:-1, : 64 // 8] != state.scratch_page).any())
+    assert bool((state.page_table[:, 64 // 8 :] == state.scratch_page).all())
+
+
 def test_steps_without_drafts_stay_on_the_device(make_engine: EngineFactory, launches: list[int]) -> None:
     """However far the draft layer lags behind."""
     engine = make_engine(num_draft_steps=None, decode_on_device=True)

@@ -25,6 +25,7 @@ from nextn.speculative.decode_step import DecodeRows, DecodeStep
 from nextn.speculative.proposer import NextNProposer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import checkpoints
 from tests.checkpoints import tiny_config, write_checkpoint
@@ -160,8 +161,65 @@ def test_a_decode_step_stays_on_the_device(
     rows = DecodeRows(*torch.zeros(3, NUM_SLOTS, dtype=torch.int64, device=CUDA).unbind())
     decided = step.run(rows, num_drafts, is_greedy=is_greedy)
     assert decided.is_cuda
-    assert decided.shape == (NUM_SLOTS, num_drafts + 2)
+    assert decided.shape == (NUM_SLOTS, num_drafts + 1)
     assert len(launched) > 20
+
+
+class _TorchKernels(TorchDispatchMode):
+    """The names of torch's operations that launch a kernel: all but views, fresh memory, and what computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func.namespace != "aten":
+            return func(*args, **options)
+        with self:
+            parts = func.decompose(*args, **options)  # into what is counted itself, where it is made of others
+        if parts is not NotImplemented:
+            return parts
+        out = func(*args, **options)
+        name = func.overloadpacket.__name__
+        computes = isinstance(out, torch.Tensor) and out.is_cuda and out.numel() > 0
+        if computes and not func.is_view and "empty" not in name:
+            self.names.append(name)
+        return out
+
+
+PER_LAYER = 13
+PER_STEP = 7
+"""Layout, final norm, head, choice in three, commit."""
+PER_DRAFT = 6
+"""Norms' factors, projection, final norm, head, choice in two."""
+TO_SAMPLE = 6
+"""So many more per choice."""
+
+
+@pytest.mark.parametrize("folder", ["channel", "block"], indirect=True)
+@pytest.mark.parametrize("is_greedy", [True, False])
+@pytest.mark.parametrize("num_drafts", [0, 1, 3, 5])
+def test_a_decode_step_is_few_launches(
+    parts: tuple[Glm4MoeForCausalLM, NextNProposer, KVCache], launched: list[str], num_drafts: int, is_greedy: bool
+) -> None:
+    """A launch takes as long as reading 7 MB, so a step's bookkeeping must not become many again.
+
+    Torch gathers embeddings and stores hidden states. For drafts it gathers hidden states, and the rows that are read
+    of queries and of the residual stream, marks the chains' ends, and puts each draft behind its root.
+    """
+    target, proposer, kv_cache = parts
+    step = DecodeStep(target, proposer, kv_cache, _state())
+    rows = DecodeRows(*torch.zeros(3, NUM_SLOTS, dtype=torch.int64, device=CUDA).unbind())
+    launched.clear()
+    with _TorchKernels() as by_torch:
+        step.run(rows, num_drafts, is_greedy=is_greedy)
+    assert len(by_torch.names) <= (6 + num_drafts if num_drafts else 2), by_torch.names
+    num_layers = target.config.num_hidden_layers + num_drafts
+    to_sample = 0 if is_greedy else TO_SAMPLE * (num_drafts + 1)
+    assert len(launched) <= PER_LAYER * num_layers + PER_STEP + PER_DRAFT * num_drafts + to_sample, launched
 
 
 def test_asking_for_a_value_would_show(parts: object) -> None:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from nextn.kernels.verify import NO_TOKEN
 from nextn.protocol.ranks import DecodeBatch
 from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeRows, DecodeStep
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class DecidedTokens:
-    """What a launched step decides, as soon as it is known. tokens: [S, k + 2] int64, see ``DecodeStep.run``."""
+    """What a launched step decides, as soon as it is known. tokens: [S, k + 1] int64, see ``DecodeStep.run``."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -33,7 +34,7 @@ class DecidedTokens:
         """Wait for the step. Returns the tokens that each sequence got; the last was not drafted."""
         if self._event is not None:
             self._event.synchronize()
-        return [row[1 : row[0] + 2] for row in self._tokens.tolist()]
+        return [[token for token in row if token != NO_TOKEN] for row in self._tokens.tolist()]
 
 
 class _Recording:

@@ -44,11 +44,11 @@ class DecodeState:
         self.scratch_page = scratch_page
         self.device = device
         rows = num_slots + 1
-        # A step that runs on after a sequence's end may add a chain twice.
+        # A step that runs on after a sequence's end may add a chain twice, and look at keys that far.
         self.width = context_length + 2 * (max_drafts + 1)
         self.context_length = context_length
         self.reach = max_drafts + 1
-        max_pages = -(-context_length // page_size)
+        max_pages = -(-self.width // page_size)
         self.tokens = torch.zeros(rows, self.width, dtype=torch.int64, device=device)
         self.num_tokens = torch.ones(rows, dtype=torch.int64, device=device)
         self.token_limit = torch.zeros(rows, dtype=torch.int64, device=device)

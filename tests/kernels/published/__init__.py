@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from nextn.config.model_config import ModelConfig
 
 from tests.headers import published_config
-from tests.kernels.published import attention, linears, moe, nextn, rows, sampling
+from tests.kernels.published import attention, linears, moe, nextn, rows, sampling, step
 from tests.kernels.published.common import MODELS, NUM_TOKENS, Call
 
-PARTS = (attention, linears, moe, nextn, rows, sampling)
+PARTS = (attention, linears, moe, nextn, rows, sampling, step)
 
 
 def all_launches(*, has_fp8_units: bool) -> Iterator[Call]:
