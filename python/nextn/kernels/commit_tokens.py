@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.penalties import count_tokens
 
 
@@ -68,8 +68,10 @@ def _commit_sequences(  # type: ignore[no-untyped-def]
     vocab_size,
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per sequence."""
+    wait_for_predecessor(EARLY)
     seq = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     token = tl.load(decided + seq * num_columns + column, mask=column < num_columns, other=-1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.gpu import jit, tl
+from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,10 @@ def _lay_out_sequences(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (sequence, part of its pages); the first part's does all the rest."""
+    wait_for_predecessor(EARLY)
     seq = tl.program_id(0).to(tl.int64)
     slot = tl.load(read + seq)
     pages = page_table + slot * max_pages
@@ -329,7 +331,9 @@ def _rules_of_rows(  # type: ignore[no-untyped-def]
     num_rows,
     rows_per_seq,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_predecessor(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
     slot = tl.load(slots + rows // rows_per_seq, mask=mask, other=0)
