@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -187,18 +188,22 @@ def _measured_plan(
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(device)
     num_rows = config.max_running_requests * (max_drafts + 1)
-    num_tokens = min(chunk + num_rows, config.context_length or loaded.model_config.max_position_embeddings)
-    num_pages = -(-num_tokens // config.page_size)
-    kv_cache = kv_cache_of(num_pages)
+    num_tokens = chunk + num_rows
+    context = config.context_length or loaded.model_config.max_position_embeddings
+    # Where the context is shorter than a chunk, this is several prompts.
+    spans = [(0, min(context, num_tokens - first)) for first in range(0, num_tokens, context)]
+    ends = list(accumulate(-(-length // config.page_size) for _, length in spans))
+    kv_cache = kv_cache_of(ends[-1])
     proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
 
     def compute_chunk() -> None:
-        batch = make_extend_batch([(0, num_tokens)], [range(num_pages)], config.page_size, device)
+        tables = [range(first, end) for first, end in pairwise([0, *ends])]
+        batch = make_extend_batch(spans, tables, config.page_size, device)
         hidden = loaded.target.forward(torch.zeros(num_tokens, dtype=torch.int64, device=device), batch, kv_cache)
         loaded.target.compute_logits(hidden[:num_rows])
 
     def decode() -> None:
-        context_length = num_pages * config.page_size
+        context_length = ends[0] * config.page_size
         runner = _decode_runner(config, loaded, proposer, kv_cache, context_length, max_drafts, tp)
         runner.rehearse(config.max_running_requests, max_drafts)
 

@@ -9,6 +9,8 @@ from itertools import accumulate
 
 import torch
 
+from nextn.kernels.gpu import upload
+
 
 @dataclass(frozen=True)
 class AttentionLayout:
@@ -54,7 +56,7 @@ def make_attention_layout(
         table += [pages[count - 1] if count else 0] * (max_pages - count)
     ends = list(accumulate((length for _, length in spans), initial=0))
     # One tensor for all: making a small one costs as much as a small kernel.
-    everything = torch.tensor([*(start for start, _ in spans), *ends, *table], device=device)
+    everything = upload([*(start for start, _ in spans), *ends, *table], device=device)
     starts, cu_seqlens_q, page_table = everything.split([len(spans), len(ends), len(table)])
     return AttentionLayout(
         starts,

@@ -36,6 +36,7 @@ __all__ = [
     "starts_early",
     "suits",
     "tl",
+    "upload",
     "wait_for_predecessor",
 ]
 
@@ -179,6 +180,13 @@ def num_processors(device: torch.device) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have: the processor's, less the KiB that CUDA keeps."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+
+
+def upload(values: Any, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The host's numbers as a tensor; torch's own way to a GPU would wait for all that the device has still to do."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nextn.kernels.gpu import upload
 from nextn.kernels.paged_attention import AttentionLayout, make_attention_layout
 
 
@@ -68,7 +69,7 @@ def make_chain_batches(
         pages[p // page_size] * page_size + p % page_size
         for p, pages in zip(positions, [*page_tables] * num_steps, strict=True)
     ]
-    both = torch.tensor(positions + slots, device=device).view(2, num_steps, num_seqs)
+    both = upload(positions + slots, device=device).view(2, num_steps, num_seqs)
     last = make_attention_layout(
         [(start + num_steps - 1, 1) for start in starts], page_tables, page_size, device, first_key=first_key
     )
@@ -96,5 +97,5 @@ def place_tokens(
     for (start, length), pages in zip(spans, page_tables, strict=True):
         positions += range(start, start + length)
         slots += slots_of(range(start, start + length), pages, page_size)
-    both = torch.tensor(positions + slots, device=device)
+    both = upload(positions + slots, device=device)
     return both[: len(positions)], both[len(positions) :]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from nextn.distributed.parallel import SINGLE, TensorParallel
+from nextn.kernels.gpu import upload
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
 from nextn.kernels.sampling import sample_tokens
 from nextn.layers.batch import make_extend_batch
@@ -105,7 +106,7 @@ class SpeculativeCycle:
             self._page_size,
             self._device,
         )
-        hidden = self._target.forward(torch.tensor(ids, device=self._device), batch, self._kv_cache)
+        hidden = self._target.forward(upload(ids, device=self._device), batch, self._kv_cache)
         if self._proposer is not None:
             self._proposer.store_hidden(batch.slot_mapping, hidden)
         return hidden
@@ -144,7 +145,7 @@ class SpeculativeCycle:
 
     def _rows_of(self, hidden: torch.Tensor, index: list[int]) -> torch.Tensor:
         """hidden: [T, H]; index: R rows of it, each once, in order. Returns [R, H]."""
-        return hidden if len(index) == len(hidden) else hidden.index_select(0, torch.tensor(index, device=self._device))
+        return hidden if len(index) == len(hidden) else hidden.index_select(0, upload(index, device=self._device))
 
     def _verify(
         self, chains: list[list[int]], drafts: Drafts, logits: torch.Tensor, rows: list[Row]
@@ -158,17 +159,15 @@ class SpeculativeCycle:
         if all(row.sampling.is_greedy for row in rows):
             return verify_greedy(logits.argmax(-1).tolist(), chains)
         num_drafts = max(len(chain) for chain in chains)
-        draft_tokens = torch.tensor(
+        draft_tokens = upload(
             [chain + [NO_DRAFT] * (num_drafts - len(chain)) for chain in chains], dtype=torch.int64, device=self._device
         ).view(len(chains), num_drafts)
-        padded = torch.tensor(_padded_rows(chains, num_drafts), device=self._device)
+        padded = upload(_padded_rows(chains, num_drafts), device=self._device)
         target_probs = probs_of_rows(logits, rows)[padded]
         seeds = [rows[first].sampling.seed for first in padded[:, 0].tolist()]
         starts = [rows[first].position for first in padded[:, 0].tolist()]
-        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(
-            num_drafts + 1, device=self._device
-        )
-        seed_tensor = torch.tensor(seeds, dtype=torch.int64, device=self._device)
+        positions = upload(starts, device=self._device)[:, None] + torch.arange(num_drafts + 1, device=self._device)
+        seed_tensor = upload(seeds, dtype=torch.int64, device=self._device)
         num_accepted, final = verify_sampled(
             target_probs,
             self._draft_probs(chains, drafts, target_probs),
@@ -202,8 +201,8 @@ class SpeculativeCycle:
         if all(row.sampling.is_greedy for row in rows):
             return logits.argmax(-1), None
         probs = probs_of_rows(logits, rows)
-        seeds = torch.tensor([row.sampling.seed for row in rows], dtype=torch.int64, device=self._device)
-        positions = torch.tensor([row.position for row in rows], device=self._device)
+        seeds = upload([row.sampling.seed for row in rows], dtype=torch.int64, device=self._device)
+        positions = upload([row.position for row in rows], device=self._device)
         return sample_tokens(probs, random_uniform(seeds, positions, DRAFT_STREAM)), probs
 
     @staticmethod

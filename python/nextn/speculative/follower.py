@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from nextn.distributed.parallel import TensorParallel
+from nextn.kernels.gpu import upload
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe import Glm4MoeForCausalLM
@@ -75,7 +76,7 @@ class Follower:
     def _score(self, part: ScorePart) -> None:
         device = self._kv_cache.k.device
         batch = make_extend_batch([(part.start, len(part.tokens))], [part.pages], self._kv_cache.page_size, device)
-        hidden = self._target.forward(torch.tensor(part.tokens, device=device), batch, self._kv_cache)
+        hidden = self._target.forward(upload(part.tokens, device=device), batch, self._kv_cache)
         if part.first_row < len(part.tokens):
             self._target.compute_logits(hidden[part.first_row :])
 

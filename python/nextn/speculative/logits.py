@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nextn.kernels.gpu import upload
 from nextn.kernels.penalties import apply_penalties
 from nextn.kernels.sampling import sampling_probs
 from nextn.protocol.sampling import TokenSampling
@@ -81,11 +82,11 @@ def probs_of_rows(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
         """None where all are off, but on a GPU, where each choice of rules would be kernels of its own to compile."""
         dtype = torch.int64 if isinstance(off, int) else torch.float32
         is_given = device.type == "cuda" or any(value != off for value in values)
-        return torch.tensor(values, dtype=dtype, device=device) if is_given else None
+        return upload(values, dtype=dtype, device=device) if is_given else None
 
     return sampling_probs(
         logits,
-        torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+        upload([p.temperature for p in params], dtype=torch.float32, device=device),
         rule([p.top_k for p in params], 0),
         rule([p.top_p for p in params], 1.0),
         rule([p.min_p for p in params], 0.0),

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 import torch
 
+from nextn.kernels.gpu import upload
 from nextn.layers.batch import ExtendBatch, make_chain_batches, slots_of
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
@@ -138,13 +139,13 @@ class NextNProposer:
             sources += of_all[:-1]
             positions += range(start, stop)
             slots += of_all[1:]
-        rows = torch.tensor(ids + sources + positions + slots, device=self._device).view(4, -1)
+        rows = upload(ids + sources + positions + slots, device=self._device).view(4, -1)
         return rows[0], self.hidden_at(rows[1]), rows[2], rows[3]
 
     def _last_rows(self, spans: list[tuple[Sequence, int, int]]) -> torch.Tensor:
         """Of each span among the entries of all."""
         ends = accumulate(stop - start for _, start, stop in spans)
-        return torch.tensor([end - 1 for end in ends], device=self._device)
+        return upload([end - 1 for end in ends], device=self._device)
 
     def _chain(self, extends: list[Extend], step: int, until: int) -> list[ExtendBatch]:
         """The batches of draft steps ``step`` … ``until`` - 1."""
