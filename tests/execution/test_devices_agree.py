@@ -62,6 +62,8 @@ class _WithoutCuda(TorchFunctionMode):
         if func is torch.tensor and options.get("device") is not None:
             device = options.pop("device")
             return torch.ops.aten._to_copy(func(*args, **options), device=device)
+        if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
+            return torch.ops.aten._to_copy(args[0], device=args[1])
         return _BY_NAME.get(func, func)(*args, **options)
 
 
