@@ -187,8 +187,8 @@ class _TorchKernels(TorchDispatchMode):
             return parts
         out = func(*args, **options)
         name = func.overloadpacket.__name__
-        computes = isinstance(out, torch.Tensor) and out.is_cuda and out.numel() > 0
-        if computes and not func.is_view and "empty" not in name:
+        made = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+        if any(x.is_cuda and x.numel() for x in made) and not func.is_view and "empty" not in name:
             self.names.append(name)
         return out
 
