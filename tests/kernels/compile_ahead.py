@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,10 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         file.write(binary.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     line = next(line for line in usage.splitlines() if "REG:" in line)
     figures = dict(part.split(":") for part in line.split() if part.startswith(("REG:", "STACK:", "LOCAL:")))
     ptx = binary.asm["ptx"]
@@ -124,6 +128,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "options": launch.options,
         "registers": int(figures["REG"]),
         "stack_bytes": int(figures["STACK"]) + int(figures["LOCAL"]),
+        "spills_in_loops": spills_in_loops(sass),
         "shared_bytes": binary.metadata.shared,
         "uses_wgmma": "wgmma.mma_async" in ptx,
         "uses_mma": "mma.sync" in ptx,
@@ -143,6 +148,24 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
             if isinstance(value, int)
         },
     }
+
+
+def spills_in_loops(sass: str) -> int:
+    """How often the innermost loops of a kernel move registers to or from a thread's own memory."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    code = [(int(address, 16), text) for address, text in lines]
+    loops = [
+        (int(target.group(1), 16), address)
+        for address, text in code
+        if (target := re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)) and int(target.group(1), 16) < address
+    ]
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops)
+    ]
+    spills = [address for address, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(first <= address <= last for address in spills for first, last in innermost)
 
 
 def accesses_before_waiting(ptx: str, instructions: tuple[str, ...]) -> int | None:

@@ -16,7 +16,9 @@ from tests.kernels.published.common import SHARED_MEMORY
 
 PROCESSES = 2
 FEW_SPILLED_BYTES = 64
-"""Of a thread's registers, about what is put aside once around a loop; what spills inside one is more."""
+"""Of a thread's registers, what may be put aside once around the loops; within them nothing may."""
+READ_EARLY = {"_norm_rows", "_rope_and_cache", "_attend_tiles", "_merge_parts", "_expert_matmul"}
+"""Kernels that read what is older than the launch before, while that may still run."""
 TWO_REGISTERS = 8
 """Bytes that ptxas may put aside in a product, where that lets a second program run beside the first."""
 
@@ -53,7 +55,31 @@ def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
         assert one["shared_bytes"] <= SHARED_MEMORY[arch], one
         is_product = one["kernel"] in ("_matmul", "_project")
         assert one["stack_bytes"] <= (TWO_REGISTERS if is_product else FEW_SPILLED_BYTES), one
+        assert one["spills_in_loops"] == 0, one
+        if arch >= 90:
+            assert one["writes_early"] == 0, one
+            assert one["reads_early"] == 0 or one["kernel"] in READ_EARLY, one
         if is_product:
             assert one["uses_wgmma" if arch == 90 else "uses_mma"], one
         if one["kernel"] == "_matmul" and one["constants"]["HAS_X_SCALE"]:
             assert one["multiplies_fp8"], one
+
+
+SASS = """
+        /*0040*/                   STL [R1], R4 ;
+        /*0050*/                   IADD3 R5, R5, 0x1, RZ ;
+        /*0060*/                   {spilling} ;
+        /*0070*/              @!P0 BRA 0x60 ;
+        /*0080*/              @!P1 BRA 0x50 ;
+        /*0090*/                   LDL R4, [R1] ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_spills_are_counted_in_innermost_loops_alone() -> None:
+    """Two loops, one within the other, between a store and a load of a register."""
+    pytest.importorskip("triton")
+    from tests.kernels.compile_ahead import spills_in_loops
+
+    assert spills_in_loops(SASS.format(spilling="FADD R4, R4, R5")) == 0
+    assert spills_in_loops(SASS.format(spilling="LDL.LU R4, [R1+0x8]")) == 1

@@ -65,9 +65,9 @@ def _launch_silu_mul(
 
 
 @jit
-def _silu_mul_rows(
+def _silu_mul_rows(  # type: ignore[no-untyped-def]
     gate_up, out, scale, columns, QUANTIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """One program per row."""
     wait_for_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64)
