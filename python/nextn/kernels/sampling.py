@@ -525,7 +525,8 @@ def _truncate_rows(  # type: ignore[no-untyped-def]
             target = p * total
             cut = _bisect(source, num, low, high, target, True, BLOCK)
             missing = target - _sum_above(source, num, cut, True, BLOCK)
-            equal = tl.maximum(cut.to(tl.float32, bitcast=True), 1e-38)
+            # Not below the smallest normal float32: Triton takes such a constant for a float64.
+            equal = tl.maximum(cut.to(tl.float32, bitcast=True), 1.2e-38)
             needed = tl.minimum(tl.ceil(tl.math.div_rn(missing, equal)), 1e9).to(tl.int32)
             needed = tl.maximum(needed, 1)
             ties = tl.where(cut > low, needed, tl.minimum(needed, ties))
