@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from nextn.kernels.penalties import apply_penalties
-from nextn.kernels.sampling import sampling_probs
+from nextn.kernels.sampling_probs import sampling_probs
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
 
