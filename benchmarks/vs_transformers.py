@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from nextn import demo
 from nextn.checkpoint.index import CheckpointIndex
-from nextn.kernels.fp8_matmul import dequantize
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.llm import LLM, SamplingParams
 from safetensors.torch import save_file
 from transformers import Glm4MoeForCausalLM

@@ -9,8 +9,9 @@ from functools import partial
 
 import torch
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fp8_matmul import MAX_TILES, w8a8_matmul
 from nextn.kernels.fp8_quantize import FP8
+from nextn.kernels.matmul import w8a8_matmul
+from nextn.kernels.matmul_config import MAX_TILES
 
 from benchmarks.gpu.place import Place, attempt, check, poisoned
 from benchmarks.gpu.row import Goal, Outcome, Row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nextn.kernels.fp8_matmul import block_fp8_matmul, dequantize, w8a8_matmul
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import (
     quantize_blocks,
     quantize_per_channel,
@@ -12,6 +12,7 @@ from nextn.kernels.fp8_quantize import (
     quantize_per_token,
     quantize_static,
 )
+from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul
 
 FP8 = torch.float8_e4m3fn
 SHAPES = [(1, 1), (3, 128), (5, 129), (128, 127), (130, 300), (256, 256)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from nextn.kernels.penalties import apply_penalties
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, random_uniform
-from nextn.kernels.sampling import sample_tokens, sampling_probs
+from nextn.kernels.sample_tokens import sample_tokens
+from nextn.kernels.sampling_probs import sampling_probs
 from scipy import stats
 
 

@@ -6,17 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from nextn.kernels import fp8_matmul, gpu
-from nextn.kernels.fp8_matmul import (
-    MAX_TILES,
-    block_fp8_matmul,
-    choose_config,
-    dequantize,
-    num_tiles,
-    w8a8_matmul,
-    wide_matmul,
-)
+from nextn.kernels import gpu, matmul
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel, quantize_per_group, quantize_per_token
+from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul, wide_matmul
+from nextn.kernels.matmul_config import MAX_TILES, choose_config, num_tiles
 
 from tests.kernels.references import sum_loss
 
@@ -125,7 +119,7 @@ def test_copies_by_descriptor_give_the_same(
     plain = multiply(*moved)
     described: list[torch.Tensor] = []
     original = gpu.described
-    monkeypatch.setattr(fp8_matmul, "MIN_ROWS_FOR_DESCRIPTORS", 1)
+    monkeypatch.setattr(matmul, "MIN_ROWS_FOR_DESCRIPTORS", 1)
     monkeypatch.setattr(gpu, "described", lambda x, block: described.append(x) or original(x, block))
     assert torch.equal(multiply(*moved), plain)
     assert len(described) == (2 if gpu.has_descriptors(device) else 0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nextn.kernels import gpu
-from nextn.kernels.fp8_matmul import dequantize
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_token
 from nextn.kernels.fused_moe import StackedExperts, fused_moe_stacked
 from nextn.kernels.moe_align import max_blocks, moe_align

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nextn.kernels.fp8_matmul import MAX_TILES, dequantize
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel
+from nextn.kernels.matmul_config import MAX_TILES
 from nextn.kernels.nextn_input import nextn_input, nextn_projection
 
 EPS = 1e-5

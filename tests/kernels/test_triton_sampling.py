@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from nextn.kernels import sampling
+from nextn.kernels import truncation
+from nextn.kernels.argmax import argmax
 from nextn.kernels.penalties import NOTHING, LogitRules, adjust_logits_by_slot, count_tokens
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
-from nextn.kernels.sampling import argmax, sample_tokens, sampling_probs
+from nextn.kernels.sample_tokens import sample_tokens
+from nextn.kernels.sampling_probs import sampling_probs
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
@@ -139,7 +141,7 @@ def test_equal_logits_everywhere(device: torch.device) -> None:
 def test_rows_with_more_candidates_than_memory_are_truncated_in_place(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "CANDIDATES", 64)
+    monkeypatch.setattr(truncation, "CANDIDATES", 64)
     logits = torch.randn(5, 1000)
     rules = {
         "temperature": torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
-from nextn.kernels.sampling import sample_tokens
+from nextn.kernels.sample_tokens import sample_tokens
 from nextn.kernels.verify import NO_TOKEN, verify_chains, verify_greedy_chains
 from nextn.speculative.acceptance import verify_greedy, verify_sampled
 from scipy import stats

@@ -19,7 +19,7 @@ from nextn.checkpoint.values import check_scale
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
-from nextn.kernels.fp8_matmul import dequantize
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.layers.prepare import prepare_weights
 from nextn.layers.storage import WHOLE, Part
 from nextn.models.glm4_moe import Glm4MoeForCausalLM

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from nextn.kernels import gpu, native
-from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.fp8_quantize import quantize_per_group, quantize_per_token
+from nextn.kernels.matmul import matmul
+from nextn.kernels.matmul_config import MAX_TILES
 
 MAX_NATIVE_ELEMENTS = 4 * 2**20
 """Larger weights are left to torch, which shares a product among all cores."""
@@ -79,7 +80,7 @@ class StoredWeight:
     scale: [N, 1], or with ``block`` [⌈N / block_n⌉, ⌈K / block_k⌉] float32; None where the weight is not quantized
     quantizes_input: whether activations are quantized too: per token, or per group of block_k
     batch_invariant: sum in an order that does not depend on the number of rows
-    counters: what products that split K count with (see ``fp8_matmul``)
+    counters: what products that split K count with (see ``split_k``)
     """
 
     weight: torch.Tensor
@@ -215,41 +216,12 @@ def _stored(
     x: torch.Tensor | Rows, weight: StoredWeight, residual: torch.Tensor | None, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    if weight.scale is None:
-        wide = x.wide if isinstance(x, Rows) else x
-        assert wide is not None, "an unquantized weight wants its input wide"
-        if out_dtype == wide.dtype and not weight.batch_invariant:  # cuBLAS
-            product = F.linear(wide, weight.weight, weight.bias)
-            return product if residual is None else product + residual
-        return wide_matmul(
-            wide,
-            weight.weight,
-            weight.bias,
-            residual,
-            out_dtype=out_dtype,
-            counters=weight.counters,
-            batch_invariant=weight.batch_invariant,
-        )
-    q: torch.Tensor
-    scale: torch.Tensor | None
-    if isinstance(x, Rows):
-        q, scale = x.q, x.scale
-    else:
-        q, scale = _quantized(x, weight.block) if weight.quantizes_input else (x, None)
-    if weight.block is None:
-        return w8a8_matmul(
-            q,
-            scale,
-            weight.weight,
-            weight.scale,
-            weight.bias,
-            residual,
-            out_dtype=out_dtype,
-            counters=weight.counters,
-            batch_invariant=weight.batch_invariant,
-        )
-    return block_fp8_matmul(
-        q,
+    values, scale = _operand(x, weight)
+    if weight.scale is None and out_dtype == values.dtype and not weight.batch_invariant:  # cuBLAS
+        product = F.linear(values, weight.weight, weight.bias)
+        return product if residual is None else product + residual
+    return matmul(
+        values,
         scale,
         weight.weight,
         weight.scale,
@@ -262,5 +234,14 @@ def _stored(
     )
 
 
-def _quantized(x: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_per_token(x) if block is None else quantize_per_group(x, block[1])
+def _operand(x: torch.Tensor | Rows, weight: StoredWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x as the product takes it, and its scale where it is quantized."""
+    if weight.scale is None:
+        wide = x.wide if isinstance(x, Rows) else x
+        assert wide is not None, "an unquantized weight wants its input wide"
+        return wide, None
+    if isinstance(x, Rows):
+        return x.q, x.scale
+    if not weight.quantizes_input:
+        return x, None
+    return quantize_per_token(x) if weight.block is None else quantize_per_group(x, weight.block[1])

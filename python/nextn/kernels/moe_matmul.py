@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from nextn.kernels import gpu
-from nextn.kernels.fp8_matmul import dequantize, product, widened
+from nextn.kernels.fp8_dequantize import dequantize, widened
 from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
+from nextn.kernels.matmul_tile import product
 from nextn.kernels.moe_align import MoeAlignment
 
 BLOCK_K_BYTES = 128

@@ -11,25 +11,14 @@ from __future__ import annotations
 import torch
 
 from nextn.kernels import gpu, native
-from nextn.kernels.fp8_matmul import (
-    SMALL_M,
-    block_fp8_matmul,
-    choose_config,
-    is_last_of_split,
-    num_tiles,
-    product,
-    scaled_by_group,
-    steps_of_split,
-    store_tile,
-    sum_of_split,
-    tile_at,
-    w8a8_matmul,
-    wide_matmul,
-    workspace,
-)
 from nextn.kernels.fp8_quantize import warps_for_row
 from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
+from nextn.kernels.matmul import matmul
+from nextn.kernels.matmul_config import SMALL_M
+from nextn.kernels.matmul_plan import plan_matmul
+from nextn.kernels.matmul_tile import product, scaled_by_group, store_tile, tile_at
 from nextn.kernels.rms_norm import rms_norm
+from nextn.kernels.split_k import steps_of_split
 
 
 def nextn_input(
@@ -106,11 +95,16 @@ def nextn_projection(
             batch_invariant,
         )
     x = nextn_input(input_ids, embedding, hidden_states, enorm, hnorm, eps)
-    if weight_scale is None:
-        return wide_matmul(x, weight, out_dtype=dtype, batch_invariant=batch_invariant)
-    if block is None:
-        return w8a8_matmul(x, None, weight, weight_scale, out_dtype=dtype, batch_invariant=batch_invariant)
-    return block_fp8_matmul(x, None, weight, weight_scale, block, out_dtype=dtype, batch_invariant=batch_invariant)
+    return matmul(
+        x,
+        None,
+        weight,
+        weight_scale,
+        block,
+        out_dtype=dtype,
+        counters=counters,
+        batch_invariant=batch_invariant,
+    )
 
 
 def _is_served(
@@ -168,52 +162,30 @@ def _launch_projection(
         num_warps=warps_for_row(size),
         BLOCK=gpu.next_power_of_2(size),
     )
-    config = choose_config(
-        num_tokens,
-        n,
-        2 * size,
-        x_bytes=hidden_states.dtype.itemsize,
-        weight_bytes=weight.dtype.itemsize,
-        processors=gpu.num_processors(device),
-        shared_memory=gpu.shared_memory(device),
-        batch_invariant=batch_invariant,
+    plan = plan_matmul(
+        weight, weight_scale, block, out, counters, x_dtype=hidden_states.dtype, batch_invariant=batch_invariant
     )
-    block_k = config.block_k if block is None else min(block[1], config.block_k)
-    tiles = num_tiles(num_tokens, n, config.block_m, config.block_n)
-    partials, counters = workspace(config, tiles, counters, out)
-    widen = weight.dtype.itemsize == 1
     gpu.launch(
         _project,
-        (tiles, config.split_k),
+        plan.grid,
         input_ids,
         embedding,
         hidden_states,
         factors,
         enorm,
         hnorm,
-        weight.view(torch.uint8) if widen else weight,
+        plan.weight,
         out,
-        out if weight_scale is None else weight_scale,
-        partials,
-        counters,
+        plan.weight_scale,
+        plan.partials,
+        plan.counters,
         num_tokens,
         n,
         size,
         hidden_states.stride(0),
-        0 if weight_scale is None or weight_scale.numel() == 1 else weight_scale.stride(0),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        GROUP_N=1 if block is None else block[0],
-        GROUP_K=0 if block is None else block[1],
-        HAS_WEIGHT_SCALE=weight_scale is not None,
-        WIDEN=widen,
-        TRANSPOSED=config.transposed,
-        SPLIT=config.split_k > 1,
-        EVEN_K=size % block_k == 0,
-        PREFETCH=gpu.prefetch_bytes(weight) if num_tokens <= SMALL_M and size * weight.itemsize % 16 == 0 else 0,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=block_k,
+        plan.weight_scale_stride,
+        **plan.options,
+        EVEN_K=size % plan.block_k == 0,
     )
     return out
 
@@ -258,8 +230,8 @@ def _project(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLIT: tl.constexpr,
-    EVEN_K: tl.constexpr,
     PREFETCH: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -275,8 +247,9 @@ def _project(  # type: ignore[no-untyped-def]
     if SPLIT:
         first, last = steps_of_split(last)
     if PREFETCH > 0:
-        # A step past the middle begins at the second half's own start.
+        # A step past the middle begins at the second half's own start, here as far back as prefetching wants.
         begin = first * BLOCK_K if first < steps_of_half else size + (first - steps_of_half) * BLOCK_K
+        begin = begin // 16 * 16
         prefetch_rows(weight + safe_columns.to(tl.int64) * (2 * size) + begin, 2 * size - begin, PREFETCH)
     wait_for_predecessor(EARLY)
     inner = tl.arange(0, BLOCK_K)
@@ -318,29 +291,27 @@ def _project(  # type: ignore[no-untyped-def]
                     BLOCK_N,
                 )
             total += partial
-    if TRANSPOSED:
-        total = tl.trans(total)
-    is_last = True
-    if SPLIT:
-        is_last = is_last_of_split(total, partials, counters, BLOCK_M, BLOCK_N)
-    if is_last:
-        if SPLIT:
-            total = sum_of_split(partials, BLOCK_M, BLOCK_N)
-        store_tile(
-            total,
-            rows,
-            columns,
-            out,
-            factors,
-            weight_scale,
-            out,
-            out,
-            num_tokens,
-            n,
-            0,
-            weight_scale_stride,
-            False,
-            HAS_WEIGHT_SCALE and GROUP_K == 0,
-            False,
-            False,
-        )
+    store_tile(
+        total,
+        rows,
+        columns,
+        out,
+        factors,
+        weight_scale,
+        out,
+        out,
+        partials,
+        counters,
+        num_tokens,
+        n,
+        0,
+        weight_scale_stride,
+        False,
+        HAS_WEIGHT_SCALE and GROUP_K == 0,
+        False,
+        False,
+        TRANSPOSED,
+        SPLIT,
+        BLOCK_M,
+        BLOCK_N,
+    )

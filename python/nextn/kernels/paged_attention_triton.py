@@ -15,7 +15,7 @@ import torch
 
 from nextn.kernels import gpu
 from nextn.kernels.attention_layout import AttentionLayout
-from nextn.kernels.fp8_matmul import widened
+from nextn.kernels.fp8_dequantize import widened
 from nextn.kernels.fp8_quantize import FP8
 from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 

@@ -12,7 +12,8 @@ import torch
 from nextn.kernels import gpu
 from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.random_uniform import ACCEPT_STREAM, FINAL_STREAM, random_uniform, uniform
-from nextn.kernels.sampling import PART, part_to_draw_from, sample_tokens, token_to_draw
+from nextn.kernels.row_parts import PART
+from nextn.kernels.sample_tokens import part_to_draw_from, sample_tokens, token_to_draw
 
 NO_TOKEN = -1
 """Stands beyond the end of a chain, and of what was decided."""
@@ -159,17 +160,17 @@ def _launch_chains(
         return num_accepted, tokens
     parts = gpu.cdiv(vocab_size, PART)
     masses = torch.empty(2, num_seqs, parts, dtype=torch.float64, device=device)
+    refused = torch.empty(num_seqs, dtype=torch.int64, device=device)
     if draft_probs is not None and draft_probs.stride(-1) != 1:
         draft_probs = draft_probs.contiguous()
     q, strides = (target_probs, (0, 0)) if draft_probs is None else (draft_probs, draft_probs.stride()[:2])
-    chains = (target_probs, q, *strides, draft_tokens, seeds, positions, masses)
+    chains = (target_probs, q, *strides, draft_tokens, seeds, positions, num_accepted, refused, masses)
     constants = {"NUM_DRAFTS": width - 1, "HAS_Q": draft_probs is not None, "BLOCK": PART}
     gpu.launch(_sum_residuals, (num_seqs, parts), *chains, num_seqs, vocab_size, parts, **constants)
     gpu.launch(
         _decide_chains,
         (num_seqs,),
         *chains,
-        num_accepted,
         tokens,
         num_seqs,
         vocab_size,
@@ -212,8 +213,7 @@ def _greedy_chains(  # type: ignore[no-untyped-def]
 @jit
 def _accepted_run(  # type: ignore[no-untyped-def]
     target_probs,
-    draft_probs,
-    stride_seq,
+    draft_rows,
     stride_draft,
     draft_tokens,
     seq,
@@ -232,7 +232,7 @@ def _accepted_run(  # type: ignore[no-untyped-def]
         p = tl.load(target_probs + (seq * (NUM_DRAFTS + 1) + j) * vocab_size + at)
         q = 1.0
         if HAS_Q:
-            q = tl.load(draft_probs + seq * stride_seq + tl.full((), j, tl.int64) * stride_draft + at).to(tl.float64)
+            q = tl.load(draft_rows + tl.full((), j, tl.int64) * stride_draft + at).to(tl.float64)
         kept = (uniform(seed, position + j, 1) * q < p) & (draft >= 0)
         runs = accepted == j
         refused = tl.where(runs & (kept == 0), draft, refused)
@@ -242,26 +242,13 @@ def _accepted_run(  # type: ignore[no-untyped-def]
 
 @jit
 def _residual(  # type: ignore[no-untyped-def]
-    target_probs,
-    draft_probs,
-    stride_seq,
-    stride_draft,
-    seq,
-    accepted,
-    refused,
-    part,
-    vocab_size,
-    NUM_DRAFTS: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    BLOCK: tl.constexpr,
+    target_row, draft_row, refused, part, vocab_size, HAS_Q: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A part of the row after the accepted run: p and max(p - q, 0), both float64, and its token ids."""
     offsets = part * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < vocab_size
-    p = tl.load(target_probs + (seq * (NUM_DRAFTS + 1) + accepted) * vocab_size + offsets, mask=mask, other=0.0)
+    p = tl.load(target_row + offsets, mask=offsets < vocab_size, other=0.0)
     if HAS_Q:
-        row = draft_probs + seq * stride_seq + accepted.to(tl.int64) * stride_draft
-        q = tl.load(row + offsets, mask=offsets < tl.where(refused >= 0, vocab_size, 0), other=0.0)
+        q = tl.load(draft_row + offsets, mask=offsets < tl.where(refused >= 0, vocab_size, 0), other=0.0)
         rest = tl.maximum(p - q, 0.0)
     else:
         rest = tl.where(offsets == refused, 0.0, p)
@@ -277,6 +264,8 @@ def _sum_residuals(  # type: ignore[no-untyped-def]
     draft_tokens,
     seeds,
     positions,
+    num_accepted,
+    refused_drafts,
     masses,
     num_seqs,
     vocab_size,
@@ -286,40 +275,30 @@ def _sum_residuals(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Sums of p and of max(p - q, 0) over one part of one chain's last row."""
+    """The accepted run, and sums of p and of max(p - q, 0) over one part of one chain's last row."""
     wait_for_predecessor(EARLY)
     seq = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    seed, position = tl.load(seeds + seq), tl.load(positions + seq)
     accepted, refused = _accepted_run(
         target_probs,
-        draft_probs,
-        stride_seq,
+        draft_probs + seq * stride_seq,
         stride_draft,
         draft_tokens,
         seq,
-        seed,
-        position,
+        tl.load(seeds + seq),
+        tl.load(positions + seq),
         vocab_size,
         NUM_DRAFTS,
         HAS_Q,
     )
-    p, rest, _offsets = _residual(
-        target_probs,
-        draft_probs,
-        stride_seq,
-        stride_draft,
-        seq,
-        accepted,
-        refused,
-        part,
-        vocab_size,
-        NUM_DRAFTS,
-        HAS_Q,
-        BLOCK,
-    )
+    target_row = target_probs + (seq * (NUM_DRAFTS + 1) + accepted) * vocab_size
+    draft_row = draft_probs + seq * stride_seq + accepted.to(tl.int64) * stride_draft
+    p, rest, _offsets = _residual(target_row, draft_row, refused, part, vocab_size, HAS_Q, BLOCK)
     tl.store(masses + seq * parts + part, tl.sum(p, 0))
     tl.store(masses + (num_seqs + seq) * parts + part, tl.sum(rest, 0))
+    if part == 0:
+        tl.store(num_accepted + seq, accepted.to(tl.int64))
+        tl.store(refused_drafts + seq, refused)
 
 
 @jit(varying=("draft_tokens", "seeds", "positions", "num_seqs"))
@@ -331,8 +310,9 @@ def _decide_chains(  # type: ignore[no-untyped-def]
     draft_tokens,
     seeds,
     positions,
-    masses,
     num_accepted,
+    refused_drafts,
+    masses,
     tokens,
     num_seqs,
     vocab_size,
@@ -344,47 +324,22 @@ def _decide_chains(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program per chain."""
+    """Draw the token after the accepted run. One program per chain."""
     wait_for_predecessor(EARLY)
     seq = tl.program_id(0).to(tl.int64)
-    seed, position = tl.load(seeds + seq), tl.load(positions + seq)
-    accepted, refused = _accepted_run(
-        target_probs,
-        draft_probs,
-        stride_seq,
-        stride_draft,
-        draft_tokens,
-        seq,
-        seed,
-        position,
-        vocab_size,
-        NUM_DRAFTS,
-        HAS_Q,
-    )
+    accepted, refused = tl.load(num_accepted + seq), tl.load(refused_drafts + seq)
     index = tl.arange(0, PARTS)
     mass_p = tl.load(masses + seq * parts + index, mask=index < parts, other=0.0)
     mass_rest = tl.load(masses + (num_seqs + seq) * parts + index, mask=index < parts, other=0.0)
     # p = q up to rounding can leave no residual; then a rejection had probability zero, and p is the limit.
     has_rest = tl.sum(mass_rest, 0) > 0.0
-    number = uniform(seed, position + accepted, 2)
+    number = uniform(tl.load(seeds + seq), tl.load(positions + seq) + accepted, 2)
     part, threshold = part_to_draw_from(tl.where(has_rest, mass_rest, mass_p), number, PARTS)
-    p, rest, offsets = _residual(
-        target_probs,
-        draft_probs,
-        stride_seq,
-        stride_draft,
-        seq,
-        accepted,
-        refused,
-        part,
-        vocab_size,
-        NUM_DRAFTS,
-        HAS_Q,
-        BLOCK,
-    )
+    target_row = target_probs + (seq * (NUM_DRAFTS + 1) + accepted) * vocab_size
+    draft_row = draft_probs + seq * stride_seq + accepted.to(tl.int64) * stride_draft
+    p, rest, offsets = _residual(target_row, draft_row, refused, part, vocab_size, HAS_Q, BLOCK)
     final = token_to_draw(tl.where(has_rest, rest, p), offsets, threshold, vocab_size).to(tl.int64)
     column = tl.arange(0, WIDTH)
     drafts = tl.load(draft_tokens + seq * NUM_DRAFTS + column, mask=column < NUM_DRAFTS, other=-1)
     decided = tl.where(column < accepted, drafts, tl.where(column == accepted, final, -1))
     tl.store(tokens + seq * (NUM_DRAFTS + 1) + column, decided, mask=column <= NUM_DRAFTS)
-    tl.store(num_accepted + seq, accepted.to(tl.int64))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from nextn.kernels import gpu
-from nextn.kernels.fp8_matmul import dequantize
+from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.linear import Weight, pack_weight, store_weight
 from nextn.quantization.scheme import LinearScheme
 

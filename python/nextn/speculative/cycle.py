@@ -13,7 +13,7 @@ import torch
 from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.kernels.gpu import upload
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
-from nextn.kernels.sampling import sample_tokens
+from nextn.kernels.sample_tokens import sample_tokens
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe import Glm4MoeForCausalLM

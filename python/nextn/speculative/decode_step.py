@@ -13,11 +13,13 @@ from functools import cached_property
 import torch
 
 from nextn.distributed.parallel import SINGLE, TensorParallel
+from nextn.kernels.argmax import argmax
 from nextn.kernels.commit_tokens import commit_tokens
 from nextn.kernels.paged_attention import AttentionLayout
 from nextn.kernels.penalties import adjust_logits_by_slot
 from nextn.kernels.random_uniform import DRAFT_STREAM, random_uniform
-from nextn.kernels.sampling import argmax, sample_tokens, sampling_probs
+from nextn.kernels.sample_tokens import sample_tokens
+from nextn.kernels.sampling_probs import sampling_probs
 from nextn.kernels.step_layout import StepLayout, lay_out_step, rules_of_rows
 from nextn.kernels.verify import NO_TOKEN, verify_chains, verify_greedy_chains
 from nextn.layers.batch import ExtendBatch

@@ -13,7 +13,7 @@ import torch
 
 from nextn.kernels.gpu import upload
 from nextn.kernels.penalties import apply_penalties
-from nextn.kernels.sampling import sampling_probs
+from nextn.kernels.sampling_probs import sampling_probs
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
 

@@ -26,7 +26,7 @@ from zlib import crc32
 import msgspec
 import torch
 
-from nextn.kernels.sampling import sampling_probs
+from nextn.kernels.sampling_probs import sampling_probs
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe import Glm4MoeForCausalLM

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fp8_matmul import MAX_TILES, block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.fp8_quantize import FP8
+from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul, wide_matmul
+from nextn.kernels.matmul_config import MAX_TILES
 
 from tests.kernels.published.common import Call, of, scales
 

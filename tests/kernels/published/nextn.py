@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from nextn.config.model_config import ModelConfig
-from nextn.kernels.fp8_matmul import MAX_TILES
 from nextn.kernels.fp8_quantize import FP8
+from nextn.kernels.matmul_config import MAX_TILES
 from nextn.kernels.nextn_input import nextn_projection
 
 from tests.kernels.published.common import Call, of, scales

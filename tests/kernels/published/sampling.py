@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from nextn.config.model_config import ModelConfig
+from nextn.kernels.argmax import argmax
 from nextn.kernels.penalties import LogitRules, adjust_logits_by_slot, count_tokens
 from nextn.kernels.random_uniform import DRAFT_STREAM, random_uniform
-from nextn.kernels.sampling import argmax, sample_tokens, sampling_probs
+from nextn.kernels.sample_tokens import sample_tokens
+from nextn.kernels.sampling_probs import sampling_probs
 from nextn.kernels.verify import verify_chains, verify_greedy_chains
 
 from tests.kernels.published.common import META, Call, of, scales
