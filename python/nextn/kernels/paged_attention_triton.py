@@ -253,8 +253,8 @@ def items_of_sequences(  # type: ignore[no-untyped-def]
 
 @jit
 def page_of_keys(pages, keys, num_keys, PAGE_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The pages that keys are on; page 0 for those beyond the last."""
-    return tl.load(pages + (keys.to(tl.uint32) // PAGE_SIZE), mask=keys < num_keys, other=0)
+    """The pages that keys are on; page 0 for those beyond the last. int32, which takes half the registers of int64."""
+    return tl.load(pages + (keys.to(tl.uint32) // PAGE_SIZE), mask=keys < num_keys, other=0).to(tl.int32)
 
 
 @jit
@@ -292,7 +292,7 @@ def attend_keys(  # type: ignore[no-untyped-def]
     for block in range(first_block, last_block):
         keys = block * BLOCK_N + offsets
         # PAGE_SIZE is a power of two: the offset is an "and", without a division's care for signs.
-        places = (page * page_stride + (keys & (PAGE_SIZE - 1)) * token_stride)[:, None] + dims[None, :]
+        places = (page.to(tl.int64) * page_stride + (keys & (PAGE_SIZE - 1)) * token_stride)[:, None] + dims[None, :]
         # A step ahead, so that loads of keys and values wait for no other.
         page = page_of_keys(pages, keys + BLOCK_N, num_keys, PAGE_SIZE)
         k = tl.load(k_cache + places)
@@ -450,10 +450,17 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         tl.store(maxima_of_items + num_items.to(tl.int64) * num_kv_heads * BLOCK_M + item_places, totals)
         tl.store(sums_of_items + item_places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], sums)
         return
-    num_heads = num_kv_heads * GROUP
-    places = (first_row + tokens)[:, None] * (num_heads * HEAD_DIM) + dims
+    # Where the rows are is found again, by numbers read again, so that registers need not keep it through the loops.
+    first_row = tl.load(cu_seqlens_q + seq, volatile=True)
+    num_rows = (tl.load(cu_seqlens_q + seq + 1, volatile=True) - first_row).to(tl.int32) * GROUP
+    rows = tl.minimum(tile, num_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
+    heads = (first_row + rows // GROUP) * (num_kv_heads * GROUP) + kv_head * GROUP + rows % GROUP
     mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
-    tl.store(out + places, mean.to(out.dtype.element_ty), mask=is_row[:, None])
+    tl.store(
+        out + heads[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :],
+        mean.to(out.dtype.element_ty),
+        mask=(rows < num_rows)[:, None],
+    )
 
 
 @jit(varying=("starts", "cu_seqlens_q", "num_seqs", "shortest", "longest", "wanted_items", "num_items"))
