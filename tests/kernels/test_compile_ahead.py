@@ -17,7 +17,7 @@ from tests.kernels.published.common import SHARED_MEMORY
 PROCESSES = 2
 FEW_SPILLED_BYTES = 64
 """Of a thread's registers, what may be put aside once around the loops; within them nothing may."""
-READ_EARLY = {"_norm_rows", "_rope_and_cache", "_attend_tiles", "_merge_parts", "_expert_matmul"}
+READ_EARLY = {"_norm_rows", "_rope_and_cache", "attend_tiles", "merge_parts", "_expert_matmul"}
 """Kernels that read what is older than the launch before, while that may still run."""
 TWO_REGISTERS = 8
 """Bytes that ptxas may put aside in a product, where that lets a second program run beside the first."""

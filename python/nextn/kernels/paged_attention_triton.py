@@ -15,9 +15,9 @@ import torch
 
 from nextn.kernels import gpu
 from nextn.kernels.attention_layout import AttentionLayout
-from nextn.kernels.fp8_dequantize import widened
+from nextn.kernels.attention_parts import merge_parts
+from nextn.kernels.attention_tiles import attend_tiles
 from nextn.kernels.fp8_quantize import FP8
-from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORT = 16
@@ -61,7 +61,9 @@ def choose_config(
         return AttentionConfig(16, 32, num_warps=4, num_stages=1)
     is_large, is_fp8 = shared_memory >= 200 << 10, kv_dtype == FP8
     if batch_invariant:
-        return AttentionConfig(64 if is_large else 32, 32, num_warps=4, num_stages=4 if is_fp8 else 3)
+        if is_large:
+            return AttentionConfig(64, 32, num_warps=4, num_stages=4 if is_fp8 else 3)
+        return AttentionConfig(32, *((64, 4, 2) if is_fp8 else (32, 4, 3)))
     block_m = min(max(gpu.next_power_of_2(num_rows), 16), 128)
     num_stages = 3
     if num_rows > 256:  # limited by arithmetic
@@ -153,6 +155,13 @@ def _launch_tiles(
         sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
         maxima = torch.empty(2, *shape, dtype=torch.float32, device=q.device)
     is_fp8 = k_cache.dtype == FP8
+    # Warps that multiply by themselves read values transposed, which hardware does for 16 bits at once, not for 8.
+    is_paired = (
+        is_fp8
+        and q.dtype.itemsize == 2
+        and head_dim >= 32
+        and (config.block_m <= 32 or not gpu.has_descriptors(q.device))
+    )
     is_widened = is_fp8 and not gpu.has_fp8_units(q.device)
     caches = [cache.view(torch.uint8) if is_widened else cache for cache in (k_cache, v_cache)]
     sizes = {
@@ -167,7 +176,7 @@ def _launch_tiles(
     }
     items = (layout.starts, layout.cu_seqlens_q, num_seqs, shortest, longest, wanted_items)
     gpu.launch(
-        _attend_tiles,
+        attend_tiles,
         (num_kv_heads, num_items),
         q,
         *caches,
@@ -188,12 +197,13 @@ def _launch_tiles(
         HAS_FIRST_KEY=layout.first_key > 0,
         IS_FP8=is_fp8,
         WIDEN=is_widened,
+        PAIRED=is_paired,
         PAGE_SIZE=layout.page_size,
         **sizes,
     )
     if is_split:
         gpu.launch(
-            _merge_parts,
+            merge_parts,
             (num_tokens, num_heads),
             out,
             sums,
@@ -205,328 +215,3 @@ def _launch_tiles(
             CHUNK=1 if batch_invariant else PARTS_AT_ONCE,
             **sizes,
         )
-
-
-@jit
-def folded(sums, maxima, totals, other_sums, other_maxima, other_totals):  # type: ignore[no-untyped-def]
-    """Two parts' softmax sums in one, as if over all their keys. sums: [M, D]; maxima, totals: [M]
-
-    Written so that every kernel rounds alike: a product and a sum in one instruction, or apart.
-    """
-    highest = tl.maximum(maxima, other_maxima)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    factor, other_factor = tl.exp2(maxima - shift), tl.exp2(other_maxima - shift)
-    totals = tl.fma(totals, factor, other_totals * other_factor)
-    wide = tl.broadcast_to(factor[:, None], sums.shape)
-    return tl.fma(sums, wide, other_sums * other_factor[:, None]), highest, totals
-
-
-@jit
-def items_of_sequences(  # type: ignore[no-untyped-def]
-    starts,
-    cu_seqlens_q,
-    num_seqs,
-    shortest,
-    longest,
-    wanted_items,
-    IS_SPLIT: tl.constexpr,
-    INVARIANT: tl.constexpr,
-    PART_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """How many items of work, tiles × parts of its keys, each sequence is [BLOCK_S], and the steps of a part."""
-    seqs = tl.arange(0, BLOCK_S)
-    inside = seqs < num_seqs
-    first = tl.load(cu_seqlens_q + seqs, mask=inside, other=0)
-    length = (tl.load(cu_seqlens_q + seqs + 1, mask=inside, other=0) - first).to(tl.int32)
-    start = tl.load(starts + seqs, mask=inside, other=0).to(tl.int32)
-    tiles = tl.where((length > shortest) & (length <= longest), tl.cdiv(length * GROUP, BLOCK_M), 0)
-    blocks = tl.cdiv(start + length, BLOCK_N)
-    part_blocks = tl.full((), PART_BLOCKS, tl.int32)
-    if IS_SPLIT:
-        if not INVARIANT:
-            part_blocks = tl.maximum(tl.cdiv(tl.sum(tiles * blocks), wanted_items), PART_BLOCKS)
-        tiles *= tl.cdiv(blocks, part_blocks)
-    return tiles, part_blocks
-
-
-@jit
-def page_of_keys(pages, keys, num_keys, PAGE_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The pages that keys are on; page 0 for those beyond the last."""
-    return tl.load(pages + (keys.to(tl.uint32) // PAGE_SIZE), mask=keys < num_keys, other=0)
-
-
-@jit
-def attend_keys(  # type: ignore[no-untyped-def]
-    sums,
-    maxima,
-    totals,
-    queries,
-    row_scale,
-    positions,
-    k_cache,
-    v_cache,
-    pages,
-    first_key,
-    num_keys,
-    first_block,
-    last_block,
-    page_stride,
-    token_stride,
-    MASKED: tl.constexpr,
-    HAS_FIRST_KEY: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Go on with the online softmax (Milakov & Gimelshein, 2018) over blocks of keys.
-
-    queries: [M, D]; row_scale: [M], of scores in base 2; positions: [M]; pages: the sequence's row of the page table
-    num_keys: how many keys any row may see; MASKED: whether some row may not see all of these blocks' keys
-    """
-    dims = tl.arange(0, HEAD_DIM)
-    offsets = tl.arange(0, BLOCK_N)
-    page = page_of_keys(pages, first_block * BLOCK_N + offsets, num_keys, PAGE_SIZE)
-    for block in range(first_block, last_block):
-        keys = block * BLOCK_N + offsets
-        # PAGE_SIZE is a power of two: the offset is an "and", without a division's care for signs.
-        places = (page * page_stride + (keys & (PAGE_SIZE - 1)) * token_stride)[:, None] + dims[None, :]
-        # A step ahead, so that loads of keys and values wait for no other.
-        page = page_of_keys(pages, keys + BLOCK_N, num_keys, PAGE_SIZE)
-        k = tl.load(k_cache + places)
-        if MASKED:
-            # What is beyond the last key may be anything, also NaN.
-            v = tl.load(v_cache + places, mask=(keys < num_keys)[:, None], other=0.0)
-        else:
-            v = tl.load(v_cache + places)
-        if WIDEN:
-            k, v = widened(k, queries.dtype), widened(v, queries.dtype)
-        else:
-            k, v = k.to(queries.dtype), v.to(queries.dtype)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            visible = keys[None, :] <= positions[:, None]
-            if HAS_FIRST_KEY:
-                visible &= (keys >= first_key)[None, :]
-            scores = tl.where(visible, scores, float("-inf"))
-        highest = tl.maximum(maxima, tl.max(scores, 1) * row_scale)
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        scale = tl.broadcast_to(row_scale[:, None], scores.shape)
-        weights = tl.exp2(tl.fma(scores, scale, tl.broadcast_to(-shift[:, None], scores.shape)))
-        factor = tl.exp2(maxima - shift)
-        totals = tl.fma(totals, factor, tl.sum(weights, 1))
-        maxima = highest
-        sums = tl.dot(weights.to(queries.dtype), v, sums * factor[:, None], input_precision="ieee")
-    return sums, maxima, totals
-
-
-@jit(
-    varying=(
-        *("starts", "cu_seqlens_q", "page_table"),
-        *("num_seqs", "shortest", "longest", "wanted_items", "num_items", "table_stride"),
-    )
-)
-def _attend_tiles(  # type: ignore[no-untyped-def]
-    q,
-    k_cache,
-    v_cache,
-    out,
-    sums_of_items,
-    maxima_of_items,
-    starts,
-    cu_seqlens_q,
-    num_seqs,
-    shortest,
-    longest,
-    wanted_items,
-    num_items,
-    page_table,
-    scale,
-    first_key,
-    q_stride,
-    page_stride,
-    token_stride,
-    table_stride,
-    HAS_FIRST_KEY: tl.constexpr,
-    IS_FP8: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    INVARIANT: tl.constexpr,
-    PART_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """Program (KV head, item): what runs together reads all of a token's keys, which lie side by side.
-
-    IS_SPLIT: an item is a tile and a part of its keys, else a tile.
-    """
-    kv_head, item = tl.program_id(0), tl.program_id(1)
-    num_kv_heads = tl.num_programs(0)
-    items, part_blocks = items_of_sequences(
-        starts, cu_seqlens_q, num_seqs, shortest, longest, wanted_items,
-        IS_SPLIT, INVARIANT, PART_BLOCKS, GROUP, BLOCK_M, BLOCK_N, BLOCK_S,
-    )  # fmt: skip
-    ends = tl.cumsum(items)
-    seq = tl.sum((ends <= item).to(tl.int32))
-    wait_for_predecessor(EARLY)  # lengths are older than the rotated queries
-    if seq >= num_seqs:
-        return
-    first_row = tl.load(cu_seqlens_q + seq)
-    length = (tl.load(cu_seqlens_q + seq + 1) - first_row).to(tl.int32)
-    start = tl.load(starts + seq).to(tl.int32)
-    item_of_seq = item - tl.max(tl.where(ends <= item, ends, 0))
-    num_rows = length * GROUP
-    if IS_SPLIT:
-        num_parts = tl.cdiv(tl.cdiv(start + length, BLOCK_N), part_blocks)
-        tile, part = item_of_seq // num_parts, item_of_seq % num_parts
-    else:
-        num_parts = 1
-        tile = tl.cdiv(num_rows, BLOCK_M) - 1 - item_of_seq  # those with the most keys first
-
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < num_rows
-    tokens = rows // GROUP
-    positions = tl.where(is_row, start + tokens, -1)
-    places = (first_row + tokens)[:, None] * q_stride
-    dims = (kv_head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    queries = tl.load(q + places + dims, mask=is_row[:, None], other=0.0)
-    row_scale = tl.full((BLOCK_M,), scale, tl.float32)
-    if IS_FP8 and q.dtype.element_ty == tl.bfloat16:
-        # Every code is exact in float16, and hardware has no shorter way; so are queries by their power of two.
-        wide = queries.to(tl.float32)
-        unit = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.where(unit > 0, unit, 1.0)
-        queries = (wide / unit[:, None]).to(tl.float16)
-        row_scale *= unit
-
-    num_keys = start + (tl.minimum((tile + 1) * BLOCK_M, num_rows) - 1) // GROUP + 1
-    last_block = tl.cdiv(num_keys, BLOCK_N)
-    first_block = 0
-    if HAS_FIRST_KEY:
-        first_block = first_key // BLOCK_N
-    if IS_SPLIT:
-        first_block = tl.maximum(part * part_blocks, first_block)
-        last_block = tl.minimum((part + 1) * part_blocks, last_block)
-    sums = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
-    maxima = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    totals = tl.zeros((BLOCK_M,), tl.float32)
-    k_head, v_head = k_cache + kv_head * HEAD_DIM, v_cache + kv_head * HEAD_DIM
-    pages = page_table + seq.to(tl.int64) * table_stride
-    if INVARIANT and not IS_SPLIT:
-        for some in range(first_block // PART_BLOCKS, tl.cdiv(last_block, PART_BLOCKS)):
-            part_sums, part_maxima, part_totals = attend_keys(
-                tl.zeros((BLOCK_M, HEAD_DIM), tl.float32),
-                tl.full((BLOCK_M,), float("-inf"), tl.float32),
-                tl.zeros((BLOCK_M,), tl.float32),
-                queries, row_scale, positions, k_head, v_head, pages, first_key, num_keys,
-                tl.maximum(some * PART_BLOCKS, first_block), tl.minimum((some + 1) * PART_BLOCKS, last_block),
-                page_stride, token_stride, True, HAS_FIRST_KEY, WIDEN, PAGE_SIZE, HEAD_DIM, BLOCK_N,
-            )  # fmt: skip
-            sums, maxima, totals = folded(sums, maxima, totals, part_sums, part_maxima, part_totals)
-    else:
-        if not IS_SPLIT and not HAS_FIRST_KEY:
-            # Blocks that every row sees whole need no masks.
-            whole = (start + tile * BLOCK_M // GROUP + 1) // BLOCK_N
-            sums, maxima, totals = attend_keys(
-                sums, maxima, totals, queries, row_scale, positions, k_head, v_head, pages, first_key, num_keys,
-                first_block, whole,
-                page_stride, token_stride, False, HAS_FIRST_KEY, WIDEN, PAGE_SIZE, HEAD_DIM, BLOCK_N,
-            )  # fmt: skip
-            first_block = whole
-        sums, maxima, totals = attend_keys(
-            sums, maxima, totals, queries, row_scale, positions, k_head, v_head, pages, first_key, num_keys,
-            first_block, last_block,
-            page_stride, token_stride, True, HAS_FIRST_KEY, WIDEN, PAGE_SIZE, HEAD_DIM, BLOCK_N,
-        )  # fmt: skip
-
-    if num_parts > 1:
-        item_places = (item.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(maxima_of_items + item_places, maxima)
-        tl.store(maxima_of_items + num_items.to(tl.int64) * num_kv_heads * BLOCK_M + item_places, totals)
-        tl.store(sums_of_items + item_places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], sums)
-        return
-    num_heads = num_kv_heads * GROUP
-    places = (first_row + tokens)[:, None] * (num_heads * HEAD_DIM) + dims
-    mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
-    tl.store(out + places, mean.to(out.dtype.element_ty), mask=is_row[:, None])
-
-
-@jit(varying=("starts", "cu_seqlens_q", "num_seqs", "shortest", "longest", "wanted_items", "num_items"))
-def _merge_parts(  # type: ignore[no-untyped-def]
-    out,
-    sums_of_items,
-    maxima_of_items,
-    starts,
-    cu_seqlens_q,
-    num_seqs,
-    shortest,
-    longest,
-    wanted_items,
-    num_items,
-    CHUNK: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    INVARIANT: tl.constexpr,
-    PART_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """Program (token, head): adds the parts of its row, if there are several, CHUNK at a time and in their order."""
-    token, head = tl.program_id(0), tl.program_id(1)
-    seqs = tl.arange(0, BLOCK_S)
-    lasts = tl.load(cu_seqlens_q + seqs + 1, mask=seqs < num_seqs, other=2**62)
-    seq = tl.sum((lasts <= token).to(tl.int32))
-    wait_for_predecessor(EARLY)
-    if seq >= num_seqs:
-        return
-    first_row = tl.load(cu_seqlens_q + seq)
-    length = (tl.load(cu_seqlens_q + seq + 1) - first_row).to(tl.int32)
-    start = tl.load(starts + seq).to(tl.int32)
-    if (length <= shortest) | (length > longest):
-        return
-    items, part_blocks = items_of_sequences(
-        starts, cu_seqlens_q, num_seqs, shortest, longest, wanted_items,
-        IS_SPLIT, INVARIANT, PART_BLOCKS, GROUP, BLOCK_M, BLOCK_N, BLOCK_S,
-    )  # fmt: skip
-    num_parts = tl.cdiv(tl.cdiv(start + length, BLOCK_N), part_blocks)
-    if num_parts == 1:
-        return
-    num_heads = tl.num_programs(1)
-    num_kv_heads = num_heads // GROUP
-    row = (token - first_row.to(tl.int32)) * GROUP + head % GROUP
-    first_item = tl.sum(tl.where(seqs < seq, items, 0)) + row // BLOCK_M * num_parts
-    to_totals = num_items.to(tl.int64) * num_kv_heads * BLOCK_M
-    dims = tl.arange(0, HEAD_DIM)
-    sums = tl.zeros((1, HEAD_DIM), tl.float32)
-    maxima = tl.full((1,), float("-inf"), tl.float32)
-    totals = tl.zeros((1,), tl.float32)
-    for first in range(0, num_parts, CHUNK):
-        parts = first + tl.arange(0, CHUNK)
-        is_part = parts < num_parts
-        places = ((first_item + parts).to(tl.int64) * num_kv_heads + head // GROUP) * BLOCK_M + row % BLOCK_M
-        part_maxima = tl.load(maxima_of_items + places, mask=is_part, other=float("-inf"))
-        part_totals = tl.load(maxima_of_items + to_totals + places, mask=is_part, other=0.0)
-        part_sums = tl.load(
-            sums_of_items + places[:, None] * HEAD_DIM + dims[None, :], mask=is_part[:, None], other=0.0
-        )
-        highest = tl.max(part_maxima, 0)
-        factors = tl.exp2(part_maxima - tl.where(highest == float("-inf"), 0.0, highest))
-        chunk_sums = tl.sum(part_sums * factors[:, None], 0)[None, :]
-        chunk_totals = tl.sum(part_totals * factors, 0) + tl.zeros((1,), tl.float32)
-        chunk_maxima = highest + tl.zeros((1,), tl.float32)
-        sums, maxima, totals = folded(sums, maxima, totals, chunk_sums, chunk_maxima, chunk_totals)
-    places = (token.to(tl.int64) * num_heads + head) * HEAD_DIM + dims[None, :]
-    mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
-    tl.store(out + places, mean.to(out.dtype.element_ty))

@@ -1,8 +1,9 @@
-"""Attention over paged KV: decoding and verifying at several batch sizes, and prompts."""
+"""Attention over paged KV: decoding and verifying at several batch sizes, and prompts; a draft has no key at 0."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from nextn.config.model_config import ModelConfig
@@ -25,10 +26,10 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
         k, v = (of(NUM_PAGES, PAGE_SIZE, kv_heads, dim, dtype=kv_dtype) for _ in range(2))
         for query_len in QUERY_LENS[tokens]:
             for max_pages in (64, 2048):
-                for invariant in (False, True):
-                    layout = _layout(max(tokens // query_len, 1), max_pages, query_len)
+                for first_key, invariant in product((0, 1), (False, True)):
+                    layout = _layout(max(tokens // query_len, 1), max_pages, first_key, query_len)
                     yield (
-                        f"attention, {query_len} per sequence, {max_pages} pages of {kv_dtype}, "
+                        f"attention from key {first_key}, {query_len} per sequence, {max_pages} pages of {kv_dtype}, "
                         f"batch_invariant {invariant}",
                         lambda k=k, v=v, layout=layout, invariant=invariant: paged_attention(
                             of(tokens, heads, dim), k, v, layout, dim**-0.5, batch_invariant=invariant
@@ -55,8 +56,8 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
             )
 
 
-def _layout(num_seqs: int, max_pages: int, query_len: int) -> AttentionLayout:
+def _layout(num_seqs: int, max_pages: int, first_key: int, query_len: int) -> AttentionLayout:
     starts, cu_seqlens_q, pages = (
         of(*shape, dtype=torch.int64) for shape in ((num_seqs,), (num_seqs + 1,), (num_seqs, max_pages))
     )
-    return AttentionLayout(starts, cu_seqlens_q, pages, PAGE_SIZE, 0, query_len)
+    return AttentionLayout(starts, cu_seqlens_q, pages, PAGE_SIZE, first_key, query_len)
