@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from nextn.distributed.nodes import Nodes, admit_nodes, listen_everywhere, reach_first_node
 from nextn.errors import ConfigError, NextnError
 from nextn.execution.ranks import EngineEntry, RankProcesses, places_of_node
 
@@ -34,6 +35,9 @@ ENGINE_EXIT_TIMEOUT = 5.0
 """Seconds for the engine's processes to leave after they were told to, before they are killed."""
 
 NODE_POLL_INTERVAL = 0.1
+
+CAUSE_TIMEOUT = 5.0
+"""Seconds after the loss of another node in which it says why: its server finishes its responses first."""
 
 
 class Stopped(Exception):
@@ -75,14 +79,27 @@ def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | 
     socket_dir = private_socket_dir()
     end = ServerEnd(socket_dir)  # bound before the engine starts, so that even its last words arrive
     engine: RankProcesses | None = None
+    nodes: Nodes | None = None
+    reason: str | None = "it was stopped"
     grace = 0.0
     try:
-        engine = _spawn(args, model_path, socket_dir, engine_entry)
+        if args.nnodes == 1:
+            rendezvous = f"tcp://{args.dist_init_addr}" if args.dist_init_addr else f"file://{socket_dir}/rendezvous"
+            engine = _spawn(args, model_path, rendezvous, socket_dir=socket_dir, engine_entry=engine_entry)
+        else:
+            nodes, of_ranks = _admit_nodes(args)
+            with of_ranks:  # from here on the first rank's own
+                rendezvous = _rendezvous(args, of_ranks.getsockname()[1])
+                engine = _spawn(
+                    args, model_path, rendezvous, socket_dir=socket_dir, nodes=nodes, listener_of_ranks=of_ranks
+                )
         reason, is_engine_well = _serve(args, model_path, end, listener, engine)
         grace = ENGINE_EXIT_TIMEOUT if is_engine_well else 0.0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        if nodes is not None:
+            nodes.close(reason)
         if engine is not None and not engine.end(grace) and grace:
             logger.warning("the engine did not leave within %g s and was killed", grace)
         end.close()
@@ -91,20 +108,34 @@ def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | 
 
 
 def _follow(args: ServerArgs) -> int:
-    """Run the ranks of a node that is not the first, until they end or one of them fails."""
+    """Run the ranks of a node that is not the first, until they end or one of them, or another node, fails."""
     model_path = resolve_model(args.model_path)
-    ranks = _spawn(args, model_path, None)
+    nodes, ranks_port = reach_first_node(
+        args.dist_init_addr or "",
+        node_rank=args.node_rank,
+        nnodes=args.nnodes,
+        num_ranks=args.tp_size,
+        timeout=_timeout(args),
+    )
+    ranks: RankProcesses | None = None
+    reason: str | None = "it was stopped"
+    grace = 0.0
     try:
-        while not ranks.have_ended_well:
+        ranks = _spawn(args, model_path, _rendezvous(args, ranks_port), nodes=nodes)
+        while not ranks.have_ended_well and not nodes.end_is_near:
             time.sleep(NODE_POLL_INTERVAL)
             if ranks.why_ended(well=False) is not None:
-                time.sleep(NODE_POLL_INTERVAL)  # the rank that took others with it may be the last to be gone
-                return _complain(ranks.why_ended(well=False) or "a rank ended", 1)
+                ranks.wait_for_a_cause(CAUSE_TIMEOUT)
+                reason = ranks.why_ended(well=False) or "a rank ended"
+                return _complain(reason, 1)
+        reason, grace = None, ENGINE_EXIT_TIMEOUT
         return 0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        ranks.end(0)
+        nodes.close(reason)
+        if ranks is not None:
+            ranks.end(grace)
 
 
 def resolve_model(model_path: str | None) -> str:
@@ -118,17 +149,48 @@ def resolve_model(model_path: str | None) -> str:
     return str(resolve(model_path))
 
 
+def _admit_nodes(args: ServerArgs) -> tuple[Nodes, socket.socket]:
+    """Wait for the other nodes from now on. Returns also a socket where the first rank will meet the other ranks."""
+    port = int((args.dist_init_addr or "").rpartition(":")[2])
+    try:
+        listener, of_ranks = listen_everywhere(port), listen_everywhere(0)
+    except OSError as error:
+        raise ConfigError(
+            f"--dist-init-addr {args.dist_init_addr}: the nodes cannot meet there: {error.strerror}; give a free port "
+            "of node 0"
+        ) from error
+    ranks_port = of_ranks.getsockname()[1]
+    return admit_nodes(listener, nnodes=args.nnodes, num_ranks=args.tp_size, ranks_port=ranks_port), of_ranks
+
+
+def _rendezvous(args: ServerArgs, ranks_port: int) -> str:
+    """Where the ranks of several nodes meet: the first node, at another port than the nodes themselves."""
+    return f"tcp://{(args.dist_init_addr or '').rpartition(':')[0]}:{ranks_port}"
+
+
+def _timeout(args: ServerArgs) -> float:
+    """Seconds that a rank or a node waits for another."""
+    return max(args.startup_timeout, args.watchdog_timeout)
+
+
 def _spawn(
-    args: ServerArgs, model_path: str, socket_dir: Path | None, engine_entry: EngineEntry | None = None
+    args: ServerArgs,
+    model_path: str,
+    rendezvous: str,
+    *,
+    socket_dir: Path | None = None,
+    nodes: Nodes | None = None,
+    listener_of_ranks: socket.socket | None = None,
+    engine_entry: EngineEntry | None = None,
 ) -> RankProcesses:
     """The processes of this node's ranks. socket_dir: where rank 0 meets the server; None on other nodes"""
-    rendezvous = f"tcp://{args.dist_init_addr}" if args.dist_init_addr else f"file://{socket_dir}/rendezvous"
     places = places_of_node(
         args.tp_size,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         rendezvous=rendezvous,
-        timeout=max(args.startup_timeout, args.watchdog_timeout),
+        timeout=_timeout(args),
+        listener=listener_of_ranks,
     )
     processes = RankProcesses(
         places,
@@ -137,6 +199,7 @@ def _spawn(
         num_threads=args.num_threads,
         log_level=args.log_level,
         engine_entry=engine_entry,
+        why_others_ended=(lambda: None) if nodes is None else nodes.why_lost,
     )
     for place, pid in zip(places, processes.pids, strict=True):
         logger.info("engine process started rank=%d pid=%d model=%s", place.rank, pid, model_path)

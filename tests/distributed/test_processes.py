@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +24,7 @@ from tests.server.processes import Launched, free_port, launched
 
 MODULE = "nextn.launch_server"
 SMALL = ("--max-total-tokens", "8192", "--num-threads", "1", "--served-model-name", "demo", "--tp-size", "2")
+HOST = socket.gethostname()
 PROMPT = "What is the capital of France?"
 
 
@@ -51,17 +56,41 @@ def one_rank() -> list[int]:
         return llm.generate(PROMPT, params)[0].output_ids
 
 
-def test_two_ranks_serve_and_a_killed_one_ends_the_server_with_its_name(one_rank: list[int]) -> None:
+class Endless:
+    """A request that only a failure ends before its 4000 tokens; the first ones are there."""
+
+    def __init__(self, server: Launched) -> None:
+        self._server = server
+        self._events: list[str] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        wait_until(lambda: len(self._events) > 2, 20)
+
+    def _run(self) -> None:
+        sampling = {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}
+        body = {"text": PROMPT, "stream": True, "sampling_params": sampling}
+        with self._server.http.stream("POST", "/generate", json=body) as response:
+            self._events.extend(line for line in response.iter_lines() if line)
+
+    def fails_within(self, seconds: float) -> str:
+        """Checks that the server fails, and this request with it. Returns the server's last line."""
+        started = time.monotonic()
+        assert self._server.wait() == 1
+        self._thread.join(1)
+        assert time.monotonic() - started < seconds
+        assert "The engine has stopped: " in self._events[-1]
+        return self._server.err[-1]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_two_ranks_serve_and_a_killed_one_ends_the_server_with_its_name(one_rank: list[int], lost: int) -> None:
     with launched(*SMALL, module=MODULE) as server:
         server.wait_ready(60)
         assert answer(server)["output_ids"] == one_rank
         assert server.http.get("/get_server_info").json()["tp_size"] == 2
-        _, second = rank_pids(server)
-        started = time.monotonic()
-        os.kill(second, signal.SIGKILL)
-        assert server.wait() == 1
-        assert time.monotonic() - started < 5
-        assert server.err[-1] == f"nextn: error: rank 1 of 2 (pid {second}) was killed by SIGKILL\n"
+        running, pid = Endless(server), rank_pids(server)[lost]
+        os.kill(pid, signal.SIGKILL)
+        assert running.fails_within(5) == f"nextn: error: rank {lost} of 2 (pid {pid}) was killed by SIGKILL\n"
 
 
 def test_two_nodes_serve_and_end_together_in_good_order(one_rank: list[int]) -> None:
@@ -71,20 +100,56 @@ def test_two_nodes_serve_and_end_together_in_good_order(one_rank: list[int]) -> 
         assert (first.wait(), second.wait()) == (0, 0)
 
 
+def test_a_killed_rank_ends_every_node_also_where_a_rank_waits_for_it_and_sees_nothing() -> None:
+    """As on GPUs, where a kernel waits for the lost rank. Here rank 0 is stopped, and so does not see it either."""
+    with two_nodes() as (first, second):
+        running = Endless(first)
+        (waiting,), (lost,) = rank_pids(first), rank_pids(second)
+        os.kill(waiting, signal.SIGSTOP)
+        os.kill(lost, signal.SIGKILL)
+        reason = f"rank 1 of 2 (pid {lost}) was killed by SIGKILL\n"
+        assert running.fails_within(4) == f"nextn: error: node 1 ({HOST}): {reason}"
+        assert second.wait() == 1
+        assert second.err[-1] == f"nextn: error: {reason}"
+
+
+def test_the_first_rank_killed_ends_every_node_with_its_name() -> None:
+    with two_nodes() as (first, second):
+        running, (lost,) = Endless(first), rank_pids(first)
+        os.kill(lost, signal.SIGKILL)
+        reason = f"rank 0 of 2 (pid {lost}) was killed by SIGKILL\n"
+        assert running.fails_within(4) == f"nextn: error: {reason}"
+        assert second.wait() == 1
+        assert second.err[-1] == f"nextn: error: node 0 ({HOST}): {reason}"
+
+
+def test_a_rank_that_is_stopped_for_long_ends_every_node() -> None:
+    with two_nodes() as (first, second):
+        running, (stopped,) = Endless(first), rank_pids(second)
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(stopped, signal.SIGCONT)
+        time.sleep(0.5)
+        assert first.http.get("/health").status_code == 200
+        os.kill(stopped, signal.SIGSTOP)
+        reason = f"rank 1 of 2 (pid {stopped}) was stopped by SIGSTOP for more than 5 s\n"
+        assert running.fails_within(9) == f"nextn: error: node 1 ({HOST}): {reason}"
+        assert second.wait() == 1
+
+
 def test_the_loss_of_a_node_ends_the_other_and_the_server() -> None:
     with two_nodes() as (first, second):
+        running = Endless(first)
         second.signal(signal.SIGKILL)
-        assert first.wait() == 1
-        assert "rank 0 of 2" in first.err[-1]
-        assert "lost the ranks of another node" in first.err[-1]
+        assert f"node 1 ({HOST}) is gone" in running.fails_within(4)
 
 
-def test_the_death_of_the_server_ends_every_node(folder: Path) -> None:
+def test_the_death_of_the_server_ends_every_node() -> None:
     with two_nodes() as (first, second):
         first.process.kill()
         wait_until(lambda: not first.children(), 10)
         assert second.wait() == 1
-        assert "rank 1 of 2" in second.err[-1]
+        assert f"node 0 ({HOST}) is gone" in second.err[-1]
 
 
 def test_a_model_that_cannot_be_cut_ends_the_server_with_one_line(folder: Path) -> None:
@@ -105,6 +170,41 @@ def test_a_program_can_have_ranks_beside_it_and_is_told_which_one_it_lost(one_ra
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PeerLost, match=rf"rank 1 of 2 \(pid {pid}\) was killed by SIGKILL"):
             llm.generate(PROMPT, params)
+
+
+PROGRAM = """
+import os, signal, time
+from nextn.llm import LLM
+
+if __name__ == "__main__":
+    llm = LLM(max_total_tokens=8192, num_threads=1, tp_size=2, log_level="warning")
+    (pid,) = llm._ranks.pids
+    def step():
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(60)
+    llm.engine.step = step
+    print(pid, flush=True)
+    llm.generate("Where?")
+"""
+
+
+def test_a_program_that_waits_for_a_lost_rank_on_a_gpu_is_ended(tmp_path: Path) -> None:
+    """Such a wait cannot be interrupted. Here it is a sleep."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    program = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=45)
+    reason = f"rank 1 of 2 (pid {program.stdout.strip()}) was killed by SIGKILL"
+    assert program.returncode == 1, program.stderr
+    assert program.stderr.splitlines()[-1] == f"nextn: error: {reason}, and this process waits for it"
+
+
+def test_a_program_is_told_of_a_rank_that_is_stopped_for_long() -> None:
+    with LLM(max_total_tokens=8192, num_threads=1, tp_size=2, log_level="warning") as llm:
+        assert llm._ranks is not None
+        (pid,) = llm._ranks.pids
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(PeerLost, match=rf"rank 1 of 2 \(pid {pid}\) was stopped by SIGSTOP for more than 5 s"):
+            llm.generate(PROMPT)
 
 
 def test_a_program_cannot_span_nodes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 PEER_LOST_EXIT_CODE = 75
@@ -14,6 +15,7 @@ class RankPlace:
 
     ranks_per_node: the ranks that share this machine
     timeout: seconds that a rank waits for another before it gives up
+    listener: of the first rank, the socket behind "tcp://HOST:PORT"; None lets it listen there itself
     """
 
     rank: int = 0
@@ -21,3 +23,4 @@ class RankPlace:
     ranks_per_node: int = 1
     rendezvous: str | None = None
     timeout: float = 1800.0
+    listener: socket.socket | None = None

@@ -140,6 +140,7 @@ def join(
     device: torch.device,
     timeout: float,
     while_waiting: Callable[[], None] = lambda: None,
+    listener: socket.socket | None = None,
 ) -> None:
     """Meet the other ranks, before the first operation. A process is in one group at a time, until it ``leave``s.
 
@@ -148,6 +149,7 @@ def join(
     device: where the tensors will be; a CUDA device becomes the process's current one
     timeout: seconds to wait, for the others here and in each later call
     while_waiting: called now and then until all are here; may raise
+    listener: of rank 0, a socket that listens at HOST:PORT already
     Raises ConfigError if nobody can meet there, PeerLost if the others do not come.
     """
     if tp.size == 1:
@@ -156,7 +158,7 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL asks for it
     try:
-        store = _store_at(rendezvous, tp, timeout)
+        store = _store_at(rendezvous, tp, timeout, listener)
     except RuntimeError as error:
         raise ConfigError(
             f"{rendezvous}: the ranks cannot meet there: {_sentence(error)}; give a free port of node 0"
@@ -178,7 +180,7 @@ def join(
         )
 
 
-def _store_at(rendezvous: str, tp: TensorParallel, timeout: float) -> dist.Store:
+def _store_at(rendezvous: str, tp: TensorParallel, timeout: float, listener: socket.socket | None) -> dist.Store:
     where = urlparse(rendezvous)
     if where.scheme == "file":
         return dist.FileStore(where.path, tp.size)
@@ -191,6 +193,7 @@ def _store_at(rendezvous: str, tp: TensorParallel, timeout: float) -> dist.Store
         is_master=tp.is_first,
         timeout=timedelta(seconds=timeout),
         wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
     )
 
 

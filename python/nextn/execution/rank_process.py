@@ -49,6 +49,7 @@ def joined(
         device=choose_device(config.device, tp.local_rank),
         timeout=place.timeout,
         while_waiting=while_waiting,
+        listener=place.listener,
     )
     _check_agreement(config, tp)
     yield tp

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 from nextn.config.engine_config import EngineConfig
@@ -18,12 +22,22 @@ EXIT_TIMEOUT = 5.0
 LAST_MOMENTS = 1.0
 """Seconds between the loss of a rank's connection and the end of its process."""
 
+WATCH_POLL = 0.3
+"""Seconds between two looks at the other ranks' processes."""
+
+HELD_UP_LIMIT = 5.0
+"""Seconds in which a step that waits for a lost rank fails by itself, unless it waits on a GPU."""
+
 TIMEOUT = 365 * 86400.0
 """Nothing tells the other ranks that this process is well while its user does something else."""
 
 
 class RanksBeside:
-    """Owns the processes of ranks 1 … tp_size - 1, which end with this process at the latest."""
+    """Owns the processes of ranks 1 … tp_size - 1, which end with this process at the latest.
+
+    When one of them ends or stands still, the others are ended too, so that no operation waits for them. What waits on
+    a GPU waits all the same, and cannot be interrupted: then this process ends.
+    """
 
     def __init__(self, config: EngineConfig, tp_size: int, num_threads: int | None, log_level: str) -> None:
         with contextlib.ExitStack() as resources:
@@ -36,6 +50,10 @@ class RanksBeside:
                 others, config, socket_dir=None, num_threads=num_threads, log_level=log_level
             )
             self._resources = resources.pop_all()
+        self._loss: str | None = None
+        self._block: object | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
 
     @property
     def pids(self) -> list[int | None]:
@@ -48,6 +66,7 @@ class RanksBeside:
                 tp = self._resources.enter_context(joined(config, self._mine, self._check_alive))
                 return Engine(config, tp)
         except BaseException:
+            self._closed.set()
             self._processes.end(0)
             self._resources.close()
             raise
@@ -56,8 +75,26 @@ class RanksBeside:
         if (reason := self._processes.why_ended()) is not None:
             raise PeerLost(reason)
 
+    def _watch(self) -> None:
+        """Until a rank is lost or all is over."""
+        while self._processes.why_ended() is None:
+            if self._closed.wait(WATCH_POLL):
+                return
+        self._processes.wait_for_a_cause(LAST_MOMENTS)
+        if self._closed.is_set():
+            return
+        self._loss = reason = self._processes.why_ended()
+        self._processes.end(0)
+        while not self._closed.is_set():
+            block = self._block
+            if not self._closed.wait(HELD_UP_LIMIT) and block is not None and block is self._block:
+                print(f"nextn: error: {reason}, and this process waits for it", file=sys.stderr, flush=True)
+                logging.shutdown()
+                os._exit(1)
+
     def close(self, engine: Engine) -> None:
         """End the other ranks."""
+        self._closed.set()
         with contextlib.suppress(PeerLost):
             engine.close()
         self._resources.close()
@@ -65,9 +102,12 @@ class RanksBeside:
 
     @contextlib.contextmanager
     def naming_losses(self) -> Iterator[None]:
-        """A PeerLost that leaves the block says which rank ended, and how."""
+        """A PeerLost that leaves the block says which rank ended, and how. A block that cannot be left does it too."""
+        self._block = object()
         try:
             yield
         except PeerLost as error:
-            self._processes.wait_for_an_end(LAST_MOMENTS)
-            raise PeerLost(self._processes.why_ended() or str(error)) from error
+            self._processes.wait_for_a_cause(LAST_MOMENTS)
+            raise PeerLost(self._loss or self._processes.why_ended() or str(error)) from error
+        finally:
+            self._block = None
