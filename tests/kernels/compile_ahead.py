@@ -136,7 +136,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "reads_early": accesses_before_waiting(
             ptx, ("ld.global", "cp.async.ca", "cp.async.cg", "cp.async.bulk.tensor")
         ),
-        "writes_early": accesses_before_waiting(ptx, ("st.global", "atom.", "red.")),
+        "writes_early": accesses_before_waiting(ptx, ("st.global", "atom.global", "red.global")),
         "multiplies_fp8": any(
             "e4m3" in line or "f8f6f4" in line
             for line in ptx.splitlines()
