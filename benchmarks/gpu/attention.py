@@ -37,6 +37,8 @@ def _row(place: Place, batch: int, context: int, dtype: torch.dtype) -> Row:
     device, pages = place.device, context // PAGE_SIZE
     shape = (batch * pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
     k_cache, v_cache = (torch.randn(shape, device=device, dtype=torch.bfloat16).to(dtype) for _ in range(2))
+    num_copies = place.copies_for(2 * k_cache.numel() * k_cache.itemsize)
+    caches = [(k_cache, v_cache), *((k_cache.clone(), v_cache.clone()) for _ in range(num_copies - 1))]
     layout = AttentionLayout(
         torch.full((batch,), context - 1, device=device),
         torch.arange(batch + 1, device=device),
@@ -50,7 +52,7 @@ def _row(place: Place, batch: int, context: int, dtype: torch.dtype) -> Row:
     with poisoned():
         got = paged_attention(q, k_cache, v_cache, layout, scale)
     check(got, exact(q, k_cache, v_cache, layout, scale), TOLERANCE, f"attention, {batch} × {context}, {dtype}")
-    seconds = place.seconds_per_call([lambda: paged_attention(q, k_cache, v_cache, layout, scale)])
+    seconds = place.seconds_per_call([partial(paged_attention, q, k, v, layout, scale) for k, v in caches])
     speed = kv_bytes(config, batch * context, dtype.itemsize) / seconds
     return Row(
         f"decode attention, batch {batch}, {context} tokens, {'FP8' if dtype == FP8 else 'BF16'} KV",
