@@ -109,19 +109,21 @@ def route(
 def choose_config(
     num_tokens: int, num_experts: int, hidden: int, processors: int, *, batch_invariant: bool
 ) -> RouterConfig:
-    """processors: streaming multiprocessors of the card. Each split is compiled for, so they are powers of two."""
-    max_split = min(max(hidden // 512, 1), 8)
+    """So that registers do not spill: float32 in three parts takes many. Of 16 experts every warp would do all.
 
-    def split_for(programs: int, tiles: int) -> int:
-        return min(gpu.next_power_of_2(max(programs // tiles, 1)), max_split)
+    processors: streaming multiprocessors of the card. Each split is compiled for, so they are powers of two.
+    """
+
+    def split_for(programs: int, tiles: int, max_split: int) -> int:
+        return min(gpu.next_power_of_2(max(programs // tiles, 1)), max_split, max(hidden // 256, 1))
 
     if batch_invariant:
-        return RouterConfig(16, 32, 128, max_split, num_stages=5)
+        return RouterConfig(16, 32, 64, min(max(hidden // 512, 1), 8), num_stages=9)
     if num_tokens <= 256:
-        tiles = gpu.cdiv(num_tokens, 16) * gpu.cdiv(num_experts, 16)
-        return RouterConfig(16, 16, 128, split_for(processors, tiles), num_stages=5)
+        tiles = gpu.cdiv(num_tokens, 16) * gpu.cdiv(num_experts, 32)
+        return RouterConfig(16, 32, 64, split_for(processors, tiles, 16), num_stages=9)
     tiles = gpu.cdiv(num_tokens, 64) * gpu.cdiv(num_experts, 32)
-    return RouterConfig(64, 32, 64, split_for(2 * processors, tiles), num_stages=3)
+    return RouterConfig(64, 32, 64, split_for(2 * processors, tiles, 8), num_stages=3)
 
 
 def _launch_route(
@@ -170,6 +172,7 @@ def _launch_route(
         TOPK_GROUP=topk_group,
         NORMALISE=norm_topk_prob,
         SPLIT_K=config.split_k,
+        EVEN_K=hidden % config.block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_E=config.block_e,
         BLOCK_K=config.block_k,
@@ -182,27 +185,26 @@ def _launch_route(
 
 
 @jit
-def _upper_half(x):  # type: ignore[no-untyped-def]
-    """The upper 16 bits of a float32, which are a bfloat16, and what they leave, exactly."""
-    bits = x.to(tl.int32, bitcast=True)
-    upper = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return upper, x - (bits & -65536).to(tl.float32, bitcast=True)
+def _cut_to_bfloat16(values):  # type: ignore[no-untyped-def]
+    """float32 without the bits that bfloat16 has no room for."""
+    return (values.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @jit
 def _exact_product(x, gate):  # type: ignore[no-untyped-def]
     """x gateᵀ of [BLOCK_M, BLOCK_K] and float32 [BLOCK_E, BLOCK_K].
 
-    A float32 is the sum of three bfloat16, its bits cut in three, so that three products of bfloat16 lose nothing, and
-    are faster.
+    A float32's 24 bits are those of three bfloat16, so that three products of bfloat16 lose nothing, and are faster.
+    Bits are cut off rather than rounded, since hardware is slow to round one number at a time.
     """
     if x.dtype == tl.bfloat16:
-        first, rest = _upper_half(gate)
-        second, rest = _upper_half(rest)
-        third, _rest = _upper_half(rest)
-        total = tl.dot(x, tl.trans(third))
-        total = tl.dot(x, tl.trans(second), total)
-        total = tl.dot(x, tl.trans(first), total)
+        first = _cut_to_bfloat16(gate)
+        rest = gate - first
+        second = _cut_to_bfloat16(rest)
+        third = rest - second
+        total = tl.dot(x, tl.trans(third.to(tl.bfloat16)))
+        total = tl.dot(x, tl.trans(second.to(tl.bfloat16)), total)
+        total = tl.dot(x, tl.trans(first.to(tl.bfloat16)), total)
     else:
         total = tl.dot(x.to(tl.float32), tl.trans(gate), input_precision="ieee")
     return total
@@ -279,6 +281,7 @@ def _route(  # type: ignore[no-untyped-def]
     TOPK_GROUP: tl.constexpr,
     NORMALISE: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -300,9 +303,12 @@ def _route(  # type: ignore[no-untyped-def]
     num_steps = tl.cdiv(hidden, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for step in range(num_steps * split // SPLIT_K, num_steps * (split + 1) // SPLIT_K):
-        inside = (step * BLOCK_K + inner < hidden)[None, :]
-        x_values = tl.load(x_tile + step * BLOCK_K, mask=inside, other=0.0)
-        gate_values = tl.load(gate_tile + step * BLOCK_K, mask=inside, other=0.0)
+        if EVEN_K:
+            x_values, gate_values = tl.load(x_tile + step * BLOCK_K), tl.load(gate_tile + step * BLOCK_K)
+        else:
+            inside = (step * BLOCK_K + inner < hidden)[None, :]
+            x_values = tl.load(x_tile + step * BLOCK_K, mask=inside, other=0.0)
+            gate_values = tl.load(gate_tile + step * BLOCK_K, mask=inside, other=0.0)
         total += _exact_product(x_values, gate_values)
     size = num_tokens * num_experts
     cells = rows[:, None] * num_experts + columns[None, :]
@@ -320,9 +326,8 @@ def _route(  # type: ignore[no-untyped-def]
             scored = logits + token * num_experts + expert[None, :]
             is_scored = (token < num_tokens) & (expert < num_experts)[None, :]
             sums = tl.zeros((ROWS, EXPERTS), tl.float32)
-            for other in tl.static_range(
-                SPLIT_K
-            ):  # read past the L1 cache, which other processors' stores do not reach
+            for other in tl.static_range(SPLIT_K):
+                # Read past the L1 cache, which other processors' stores do not reach.
                 sums += tl.load(scored + other * size, mask=is_scored, other=0.0, cache_modifier=".cg")
             chosen, scores = _choose(
                 tl.sigmoid(sums), bias, num_experts, TOP_K, NUM_GROUPS, TOPK_GROUP, CHOICES, GROUPS
@@ -330,5 +335,6 @@ def _route(  # type: ignore[no-untyped-def]
             if NORMALISE:
                 scores = scores / (tl.sum(scores, 1) + 1e-20)[:, None]
             is_chosen = (token < num_tokens) & (choice < TOP_K)
-            tl.store(weights + token * TOP_K + choice, scores * factor, mask=is_chosen)
-            tl.store(ids + token * TOP_K + choice, chosen.to(tl.int64), mask=is_chosen)
+            places = token * TOP_K + choice
+            tl.store(weights + places, scores * factor, mask=is_chosen)
+            tl.store(ids + places, chosen.to(tl.int64), mask=is_chosen)
