@@ -30,9 +30,9 @@ from benchmarks.gpu.row import Failure, Machine, Outcome, Row
 
 SECTIONS = {
     "machine": 15,
-    "tests": 110,
-    "compiling": 35,
-    "model": 150,
+    "tests": 95,
+    "compiling": 30,
+    "model": 140,
     "moe": 40,
     "attention": 35,
     "matmul": 55,
