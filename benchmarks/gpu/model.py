@@ -23,8 +23,9 @@ import torch
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.execution import decode_runner, shard
-from nextn.execution.decode_runner import DecidedTokens
+from nextn.execution.decode_runner import DecidedTokens, DecodeRunner, padded_sizes
 from nextn.execution.engine import Engine
+from nextn.execution.shard import MAX_NUM_DRAFT_STEPS
 from nextn.kernels.verify import NO_TOKEN
 from nextn.layers import moe
 from nextn.protocol.messages import AddRequest
@@ -41,7 +42,7 @@ NAME = "glm-4.5-air"
 NUM_DRAFTS, ACCEPT_LENGTH = 3, 3.0
 BATCHES = (1, 4, 16, 64)
 DRAFT_GOALS = {1: 1.1, 4: 1.1, 16: 1.6, 64: 2.0}
-STEP_GOAL, IDLE_GOAL = Goal(at_most=1.3), Goal(at_most=0.03)
+STEP_GOAL, IDLE_GOAL, RECORDING_GOAL = Goal(at_most=1.3), Goal(at_most=0.03), Goal(at_most=60)
 CONTEXT, PROMPT_LEN = 512, 64
 MEMORY_FRACTION, WORKING_BYTES = 0.9, 5 << 30
 ROUNDS, STEPS_PER_ROUND, WARM_STEPS = 5, 20, 8
@@ -87,8 +88,10 @@ def measure(place: Place) -> Iterator[Outcome]:
     batches = BATCHES if not place.is_rehearsal else (1, 2) if place.way == "torch" else (1,)
     with place.on_device(), tempfile.TemporaryDirectory() as folder:
         place.check_time(20, "nothing")
-        engine = make_engine(place, config, Path(folder), max(batches))
+        engine, recording = make_engine(place, config, Path(folder), max(batches))
         shape = f"GLM-4.5-Air, {config.num_hidden_layers} of {config_of(NAME, place).num_hidden_layers} layers"
+        if not place.is_rehearsal:
+            yield _recording_row(engine, recording, shape)
         plain: dict[int, Steps] = {}
         yield attempt(f"{shape}, batch 1, a step", partial(_step_row, place, engine, config, shape, plain))
         for batch in batches:
@@ -115,8 +118,11 @@ def layers_that_fit(config: ModelConfig, num_bytes: int, num_tokens: int) -> int
     return max(min((num_bytes - fixed) // layer, config.num_hidden_layers), config.first_k_dense_replace + 1)
 
 
-def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int) -> Engine:
-    """The engine as it serves, with acceptance pinned and recordings of the batch sizes that are measured."""
+def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int) -> tuple[Engine, float]:
+    """The engine as it serves, with acceptance pinned and recordings of the batch sizes that are measured.
+
+    Returns also the seconds that recording took.
+    """
     (folder / "config.json").write_text(json.dumps(raw_config(NAME, place, config.num_hidden_layers)))
     engine_config = EngineConfig(
         model_path=str(folder),
@@ -132,12 +138,43 @@ def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int)
         enable_prefix_cache=False,
         canary="off",
     )
+    record, seconds = DecodeRunner.record, 0.0
+
+    def timed(*arguments: Any, **options: Any) -> None:
+        nonlocal seconds
+        started = time.perf_counter()
+        record(*arguments, **options)
+        seconds = time.perf_counter() - started
+
     with (
         mock.patch.object(shard, "DecodeStep", PinnedDecodeStep),
         mock.patch.object(shard, "_recorded_drafts", lambda config, most: [0, most]),
-        mock.patch.object(decode_runner, "padded_sizes", lambda most: tuple(b for b in BATCHES if b <= most)),
+        mock.patch.object(shard, "padded_sizes", measured_sizes),
+        mock.patch.object(decode_runner, "padded_sizes", measured_sizes),
+        mock.patch.object(DecodeRunner, "record", timed),
     ):
-        return Engine(engine_config)
+        return Engine(engine_config), seconds
+
+
+def measured_sizes(most: int) -> tuple[int, ...]:
+    return tuple(batch for batch in BATCHES if batch <= most)
+
+
+def _recording_row(engine: Engine, seconds: float, shape: str) -> Row:
+    """What a server with default flags would take, which records more sizes and numbers of drafts."""
+    runner = engine._stepper._runner
+    assert runner is not None, "the engine decodes on the device"
+    num_recorded = len(runner._recordings)
+    num_by_default = 2 * len(padded_sizes(max(BATCHES))) * (MAX_NUM_DRAFT_STEPS + 1)
+    expected = seconds / num_recorded * num_by_default
+    return Row(
+        f"{shape}, recording {num_by_default} CUDA graphs",
+        RECORDING_GOAL,
+        expected,
+        "s",
+        expected,
+        note=f"from {num_recorded}, which took {seconds:.1f} s",
+    )
 
 
 def _step_row(place: Place, engine: Engine, config: ModelConfig, shape: str, plain: dict[int, Steps]) -> Row:

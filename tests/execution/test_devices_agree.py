@@ -5,7 +5,7 @@ No GPU is needed to see that no two devices meet in one operation, and that a de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,72 +24,15 @@ from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeRows, DecodeStep
 from nextn.speculative.proposer import NextNProposer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import checkpoints
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.conftest import request
+from tests.without_cuda import AllZero, WithoutCuda
 
 CUDA = torch.device("cuda")
 PAGE_SIZE, NUM_PAGES, NUM_SLOTS = 4, 40, 4
-
-
-_BY_NAME = {
-    torch.Tensor.copy_: torch.ops.aten.copy_,
-    torch.Tensor.contiguous: torch.ops.aten.contiguous,
-}
-
-
-class _WithoutCuda(TorchFunctionMode):
-    """x[...] and copies by operations: torch's own way to them asks for a CUDA build."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.__getitem__:
-            return _index(*args)
-        if func is torch.Tensor.__setitem__:
-            tensor, index, value = args
-            if isinstance(index, torch.Tensor):
-                return torch.ops.aten.index_put_(tensor, [index], value)
-            place = _index(tensor, index)
-            if isinstance(value, torch.Tensor):
-                return torch.ops.aten.copy_(place, value)
-            return torch.ops.aten.fill_(place, value)
-        options = dict(kwargs or {})
-        options.pop("pin_memory", None)
-        if func is torch.tensor and options.get("device") is not None:
-            device = options.pop("device")
-            return torch.ops.aten._to_copy(func(*args, **options), device=device)
-        if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
-            return torch.ops.aten._to_copy(args[0], device=args[1])
-        return _BY_NAME.get(func, func)(*args, **options)
-
-
-def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in [part for part in parts if not isinstance(part, torch.Tensor)]:
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (tensor.dim() - sum(part is not None for part in parts) + 1)
-    advanced: list[torch.Tensor | None] = []
-    dim = 0
-    for part in parts:
-        if part is None:
-            tensor = tensor.unsqueeze(dim)
-        elif isinstance(part, int):
-            tensor = tensor.select(dim, part)
-            continue
-        elif isinstance(part, slice):
-            first, stop, step = part.indices(tensor.shape[dim])
-            assert step == 1, "no other is used"
-            tensor = tensor.narrow(dim, first, max(stop - first, 0))
-        else:
-            advanced += [None] * (dim - len(advanced))
-            is_list = not isinstance(part, torch.Tensor)
-            advanced.append(torch.ops.aten._to_copy(torch.tensor(part), device=tensor.device) if is_list else part)
-        dim += 1
-    return torch.ops.aten.index(tensor, advanced) if advanced else tensor
 
 
 @pytest.fixture
@@ -128,7 +71,7 @@ def parts(
     """A model on a GPU without values, while the fixture is in use."""
     monkeypatch.setattr(loader, "_fill", lambda *arguments, **options: None)  # there are no values to write
     config = EngineConfig(model_path=str(folder))
-    with FakeTensorMode(allow_non_fake_inputs=True), _WithoutCuda(), torch.inference_mode():
+    with FakeTensorMode(allow_non_fake_inputs=True), WithoutCuda(), torch.inference_mode():
         loaded = loader.load_model(config, device=CUDA, dtype=torch.bfloat16, want_draft=True)
         kv_cache = make_kv_cache(
             loaded.model_config,
@@ -230,23 +173,6 @@ def test_asking_for_a_value_would_show(parts: object) -> None:
         torch.zeros(3, device=CUDA).tolist()
 
 
-class _AllZero(TorchFunctionMode):
-    """What the host asks of a tensor without values is zero."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.tolist:
-            return _zeros(args[0].shape)
-        if func in (torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.item):
-            return 0
-        return func(*args, **(kwargs or {}))
-
-
-def _zeros(shape: torch.Size) -> Any:
-    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
-
-
 ASKS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1},
@@ -273,7 +199,7 @@ def test_steps_with_prompts_keep_to_one_device(
     for i, asks in enumerate(ASKS):
         scheduler.add(request(str(i), [5, 6, 7, 8, 9, 10, 11], max_new_tokens=12, **asks))
     steps: list[list[Extend]] = []
-    with _AllZero():
+    with AllZero():
         while scheduler.has_work and len(steps) < 30:
             steps.append(scheduler.schedule())
             for extend, decision in zip(steps[-1], cycle.run(steps[-1]), strict=True):

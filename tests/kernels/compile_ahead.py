@@ -9,103 +9,73 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from nextn.kernels import gpu
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import driver
 
+from tests.card import Card
 from tests.kernels.published import all_launches
-from tests.kernels.published.common import SHARED_MEMORY
-
-TYPES = {
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
-PROCESSORS = 132
+from tests.kernels.published.common import META
 
 
 class Launch(NamedTuple):
-    """One specialisation of a kernel, and the first shape that asked for it."""
+    """One specialisation of a kernel, what it came to, or why it did not compile, and the first shape that asked."""
 
     kernel: Any
-    source: ASTSource
     options: dict[str, Any]
+    constants: dict[str, Any]
     case: str
+    binary: Any
+    error: Exception | None
 
 
-def recorded(arch: int) -> list[Launch]:
-    """Everything that the published models launch on this card, each specialisation once."""
-    found: dict[str, Launch] = {}
+def launches(only: str, *, has_fp8_units: bool, pool: ThreadPoolExecutor) -> list[Launch]:
+    """Everything that the published models launch on the active card, each specialisation once, compiled.
+
+    only: part of a kernel's name
+    """
+    asked: dict[int, Launch] = {}
     case = ""
 
-    def record(
+    def compile_in_place(
         kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
     ) -> None:
         assert all(0 < n < 2**31 for n in grid), f"{case}: {kernel.__name__} has the grid {grid}"
         assert all(n < 2**16 for n in grid[1:]), f"{case}: {kernel.__name__} has the grid {grid}"
-        options = gpu.launch_options(num_warps, num_stages, starts_early=arch >= 90)
-        source = specialised(kernel, arguments, {**constants, "EARLY": options.pop("EARLY")})
-        key = f"{kernel.__name__} {source.signature} {source.constants} {source.attrs} {options}"
-        found.setdefault(key, Launch(kernel, source, options, case))
+        if only not in kernel.__name__:
+            return
+        options = gpu.launch_options(num_warps, num_stages, starts_early=gpu.starts_early(META))
+        binary = kernel.warmup(*arguments, grid=grid, **constants, **options)
+        asked.setdefault(id(binary), Launch(kernel, options, constants, case, binary, None))
 
-    gpu.launch = record
-    gpu.suits = lambda *tensors: True  # type: ignore[assignment]
-    gpu.has_fp8_units = lambda device: arch >= 89  # type: ignore[assignment]
-    gpu.has_descriptors = lambda device: arch >= 90  # type: ignore[assignment]
-    gpu.starts_early = lambda device: arch >= 90
-    gpu.num_processors = lambda device: PROCESSORS  # type: ignore[assignment]
-    gpu.shared_memory = lambda device: SHARED_MEMORY[arch]  # type: ignore[assignment]
-    for case, run in all_launches(has_fp8_units=arch >= 89):  # noqa: B007 - read by record
-        run()
-    return list(found.values())
+    gpu.launch = compile_in_place
+    with triton.AsyncCompileMode(pool, ignore_errors=True):
+        for case, run in all_launches(has_fp8_units=has_fp8_units):  # noqa: B007 - read above
+            run()
+        return [_awaited(launch) for launch in asked.values()]
 
 
-def specialised(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
-    """As Triton specialises a launch: ones are constants, multiples of 16 and aligned tensors are known to be such."""
-    names = [name for name in kernel.arg_names if name not in constants]
-    assert len(names) == len(arguments), f"{kernel.__name__} takes {names}, got {len(arguments)} arguments"
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for name, value in zip(names, arguments, strict=True):
-        if isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and name not in kernel.do_not_specialize:
-            constants = {**constants, name: 1}
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        is_aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0)
-        if is_aligned and name not in kernel.do_not_specialize:
-            attributes[kernel.arg_names.index(name),] = [["tt.divisibility", 16]]
-    everything = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    return ASTSource(kernel, signature=everything, constexprs=constants, attrs=attributes)
-
-
-def compiled(launch: Launch, arch: int) -> dict[str, Any]:
-    """Compile and look at what came out."""
+def _awaited(launch: Launch) -> Launch:
     try:
-        binary = triton.compile(launch.source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+        return launch._replace(binary=launch.binary.result())
     except Exception as error:
+        return launch._replace(error=error)
+
+
+def figures(launch: Launch) -> dict[str, Any]:
+    """What the binary needs."""
+    binary, error = launch.binary, launch.error
+    if error is not None:
         return {
             "kernel": launch.kernel.__name__,
             "case": launch.case,
@@ -120,14 +90,14 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
             for option in ("-res-usage", "-sass")
         )
     line = next(line for line in usage.splitlines() if "REG:" in line)
-    figures = dict(part.split(":") for part in line.split() if part.startswith(("REG:", "STACK:", "LOCAL:")))
+    usage_by_name = dict(part.split(":") for part in line.split() if part.startswith(("REG:", "STACK:", "LOCAL:")))
     ptx = binary.asm["ptx"]
     return {
         "kernel": launch.kernel.__name__,
         "case": launch.case,
         "options": launch.options,
-        "registers": int(figures["REG"]),
-        "stack_bytes": int(figures["STACK"]) + int(figures["LOCAL"]),
+        "registers": int(usage_by_name["REG"]),
+        "stack_bytes": int(usage_by_name["STACK"]) + int(usage_by_name["LOCAL"]),
         "spills_in_loops": spills_in_loops(sass),
         "shared_bytes": binary.metadata.shared,
         "uses_wgmma": "wgmma.mma_async" in ptx,
@@ -142,11 +112,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
             for line in ptx.splitlines()
             if any(name in line for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
         ),
-        "constants": {
-            launch.kernel.arg_names[place]: value
-            for (place,), value in launch.source.constants.items()
-            if isinstance(value, int)
-        },
+        "constants": {name: value for name, value in launch.constants.items() if isinstance(value, int)},
     }
 
 
@@ -178,12 +144,10 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", type=int, required=True, help="compute capability, such as 90")
     parser.add_argument("--only", default="", help="part of a kernel's name")
-    parser.add_argument("--part", type=int, default=0, help="which share of the kernels, from 0")
-    parser.add_argument("--parts", type=int, default=1, help="into how many shares they are divided, among processes")
     options = parser.parse_args(arguments)
-    launches = [one for one in recorded(options.arch) if options.only in one.kernel.__name__]
-    for one in launches[options.part :: options.parts]:
-        yield compiled(one, options.arch)
+    driver.set_active(Card(options.arch))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(figures, launches(options.only, has_fp8_units=options.arch >= 89, pool=pool))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kernels.published.common import SHARED_MEMORY
+from tests.card import SHARED_MEMORY
 
-PROCESSES = 2
 FEW_SPILLED_BYTES = 64
 """Of a thread's registers, what may be put aside once around the loops; within them nothing may."""
 READ_EARLY = {"_norm_rows", "_rope_and_cache", "attend_tiles", "merge_parts", "_expert_matmul"}
@@ -24,23 +22,19 @@ TWO_REGISTERS = 8
 
 
 def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
-    """Figures of each kernel; see compile_ahead. In processes of their own, since here kernels may be interpreted."""
+    """Figures of each kernel; see compile_ahead. In a process of its own, since here kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch), "--parts", str(PROCESSES)]
-    running = [
-        subprocess.Popen(
-            [*command, "--part", str(part)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**environment, "TRITON_CACHE_DIR": str(cache)},
-            cwd=Path(__file__).parents[2],
-        )
-        for part in range(PROCESSES)
-    ]
-    with ThreadPoolExecutor(PROCESSES) as pool:  # both pipes are read, so that neither fills up
-        outputs = list(pool.map(lambda process: process.communicate()[0], running))
-    assert all(process.returncode == 0 for process in running), "see the processes' messages above"
-    return [json.loads(line) for output in outputs for line in output.splitlines()]
+    command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch)]
+    ran = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment, "TRITON_CACHE_DIR": str(cache)},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert ran.returncode == 0, "see the process's message above"
+    return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
 @pytest.mark.timeout(900)  # some three hundred runs of ptxas

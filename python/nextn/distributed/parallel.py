@@ -42,6 +42,8 @@ SIOCGIFADDR = 0x8915
 class TensorParallel:
     """One rank's view of its group. Every rank must make the same calls in the same order.
 
+    Tensors without memory (of torch's device meta) are not exchanged.
+
     ranks_per_node: ranks that share a machine
     Raises PeerLost from any call if another rank is gone.
     """
@@ -61,7 +63,7 @@ class TensorParallel:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' x, in place."""
-        if self.size > 1:
+        if self.size > 1 and not x.is_meta:
             with _naming_the_loss():
                 dist.all_reduce(x)
         return x
@@ -72,13 +74,14 @@ class TensorParallel:
             return x
         num_rows, width = x.shape
         parts = x.new_empty(self.size * num_rows, width)
-        with _naming_the_loss():
-            _all_gather(parts, x.contiguous())
+        if not x.is_meta:
+            with _naming_the_loss():
+                _all_gather(parts, x.contiguous())
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x, in place."""
-        if self.size > 1:
+        if self.size > 1 and not x.is_meta:
             with _naming_the_loss():
                 dist.broadcast(x, 0)
         return x
@@ -91,6 +94,10 @@ class TensorParallel:
         with _naming_the_loss():
             dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found[0])
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.least(0)
 
     def send(self, message: bytes) -> None:
         """From rank 0 to all others, who receive it."""

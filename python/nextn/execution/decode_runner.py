@@ -86,9 +86,9 @@ class DecodeRunner:
     def _run(self, rows: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
         return self._step.run(DecodeRows(*rows.unbind()), batch.num_drafts, is_greedy=batch.is_greedy)
 
-    def rehearse(self, num_seqs: int, num_drafts: int) -> None:
-        """Run the step that takes the most memory, of padding alone."""
-        batch = self._of_padding(num_seqs, num_drafts, is_greedy=False)
+    def rehearse(self, num_seqs: int, num_drafts: int, *, is_greedy: bool) -> None:
+        """Run a step of padding alone."""
+        batch = self._of_padding(num_seqs, num_drafts, is_greedy=is_greedy)
         self._state.forget_padding()
         self._run(self._rows(batch, num_seqs).to(self._state.device), batch)
 

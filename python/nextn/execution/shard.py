@@ -13,7 +13,8 @@ from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.distributed.parallel import TensorParallel
 from nextn.errors import ConfigError
-from nextn.execution.decode_runner import DecodeRunner
+from nextn.execution.compiling import META, compile_kernels, prompts_of_every_kind, without_memory
+from nextn.execution.decode_runner import DecodeRunner, padded_sizes
 from nextn.execution.device import choose_device, computing_dtype, kv_dtype
 from nextn.execution.memory import MemoryPlan, free_for_kv_on_cpu, kv_bytes_per_token, make_kv_cache, num_pages_for
 from nextn.layers.batch import make_extend_batch
@@ -91,7 +92,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     max_drafts = _max_drafts(config, has_draft)
     chunk = _max_prefill_tokens(config, device)
 
-    def kv_cache_of(num_pages: int) -> KVCache:
+    def kv_cache_of(num_pages: int, device: torch.device = device) -> KVCache:
         return make_kv_cache(
             model_config,
             num_layers=model_config.num_hidden_layers + has_draft,
@@ -105,6 +106,9 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     if device.type == "cpu":
         free = free_for_kv_on_cpu() // tp.ranks_per_node
     else:
+        if tp.local_rank == 0:
+            _compile_ahead(config, loaded, kv_cache_of, chunk, context, max_drafts, tp)
+        tp.wait()  # the others find on disk what is compiled
         plan = _measured_plan(config, loaded, chunk, max_drafts, kv_cache_of, device, tp)
         plan.check(bytes_per_token, 2 * config.page_size)
         logger.info("%s", plan.as_table())
@@ -175,6 +179,29 @@ def _decode_runner(
     return DecodeRunner(DecodeStep(loaded.target, proposer, kv_cache, state, tp), state)
 
 
+def _compile_ahead(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    kv_cache_of: Callable[[int, torch.device], KVCache],
+    chunk: int,
+    context: int,
+    max_drafts: int,
+    tp: TensorParallel,
+) -> None:
+    """Have the kernels of all steps compiled that will be recorded or warmed up."""
+    models = without_memory(loaded, tp, batch_invariant=config.batch_invariant)
+    kv_cache = kv_cache_of(-(-context // config.page_size), META)
+    proposer = None if models.draft is None else NextNProposer(models.draft, kv_cache)
+    compile_kernels(
+        models,
+        kv_cache,
+        _decode_runner(config, models, proposer, kv_cache, context, max_drafts, tp),
+        sizes=[*padded_sizes(_max_recorded(config)), config.max_running_requests],
+        draft_counts=_recorded_drafts(config, max_drafts),
+        prompts=prompts_of_every_kind(min(chunk, context), config.max_running_requests),
+    )
+
+
 def _measured_plan(
     config: EngineConfig,
     loaded: LoadedModel,
@@ -205,7 +232,7 @@ def _measured_plan(
     def decode() -> None:
         context_length = ends[0] * config.page_size
         runner = _decode_runner(config, loaded, proposer, kv_cache, context_length, max_drafts, tp)
-        runner.rehearse(config.max_running_requests, max_drafts)
+        runner.rehearse(config.max_running_requests, max_drafts, is_greedy=False)  # takes the most
 
     of_sampling = SAMPLING_COPIES * num_rows * loaded.model_config.vocab_size * 4
     activations = max(_peak_bytes(compute_chunk, device), of_sampling)

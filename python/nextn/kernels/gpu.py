@@ -1,14 +1,17 @@
 """Triton, where it is installed; elsewhere every kernel's torch reference runs, on whatever device the tensors are on.
 
 All launches go through ``launch``, so that one place says what a launch is made of. A kernel's tensors, sizes and
-strides are positional; what it is compiled for is a keyword.
+strides are positional; what it is compiled for is a keyword. Over tensors without memory, of torch's device ``meta``, a
+launch only compiles, for the card that Triton finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +25,7 @@ except ImportError:  # CPU builds of torch come without
 __all__ = [
     "can_be_described",
     "cdiv",
+    "compiling_in",
     "described",
     "has_descriptors",
     "has_fp8_units",
@@ -61,7 +65,7 @@ def suits(*tensors: torch.Tensor | None) -> bool:
     if triton is None:
         return False
     for x in tensors:  # noqa: SIM110 - asked several times a layer; a generator takes twice as long
-        if x is not None and not x.is_cuda:
+        if x is not None and not (x.is_cuda or x.is_meta):
             return False
     return True
 
@@ -69,14 +73,22 @@ def suits(*tensors: torch.Tensor | None) -> bool:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
 ) -> None:
-    """Run a kernel on the current stream.
+    """Run a kernel on the current stream; or have it compiled and kept, where its tensors have no memory.
 
     grid: programs along up to three axes
     arguments: its tensors, sizes and strides, in order, a tensor first; constants: its compile-time constants, by name
     """
     first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
     options = launch_options(num_warps, num_stages, starts_early=starts_early(first.device))
-    kernel[grid](*arguments, **constants, **options)
+    if first.is_meta:
+        kernel.warmup(*arguments, grid=grid, **constants, **options)
+    else:
+        kernel[grid](*arguments, **constants, **options)
+
+
+def compiling_in(pool: Executor) -> AbstractContextManager[Any]:
+    """Launches over tensors without memory only ask the pool to compile, and the end of the context waits for it."""
+    return triton.AsyncCompileMode(pool)
 
 
 def launch_options(num_warps: int, num_stages: int, *, starts_early: bool) -> dict[str, Any]:
@@ -130,12 +142,12 @@ def prefetch_rows(rows, num_elements, PREFETCH: tl.constexpr):  # type: ignore[n
 
 def has_fp8_units(device: torch.device) -> bool:
     """Whether the card multiplies float8_e4m3fn (compute capability 8.9 and up)."""
-    return _capability(device) >= (8, 9)
+    return _card(device).capability >= (8, 9)
 
 
 def has_descriptors(device: torch.device) -> bool:
     """Whether the card copies tiles by descriptor (its tensor memory accelerator; compute capability 9.0 and up)."""
-    return _capability(device) >= (9, 0)
+    return _card(device).capability >= (9, 0)
 
 
 def starts_early(device: torch.device) -> bool:
@@ -143,7 +155,7 @@ def starts_early(device: torch.device) -> bool:
 
     What a launch costs, and what a kernel can do before it needs its inputs, then hides behind its predecessor.
     """
-    return _capability(device) >= (9, 0)
+    return _card(device).capability >= (9, 0)
 
 
 def prefetch_bytes(weight: torch.Tensor) -> int:
@@ -165,21 +177,41 @@ def described(x: torch.Tensor, block: tuple[int, int]) -> Any:
     return TensorDescriptor.from_tensor(x, list(block))
 
 
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@lru_cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of the card."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _card(device).num_processors
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have."""
+    return _card(device).shared_memory
+
+
+class _Card(NamedTuple):
+    capability: tuple[int, int]
+    num_processors: int
+    shared_memory: int
+
+
+def _card(device: torch.device) -> _Card:
+    return _card_that_triton_finds() if device.type == "meta" else _card_of(device)
 
 
 @lru_cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program can have: the processor's, less the KiB that CUDA keeps."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+def _card_of(device: torch.device) -> _Card:
+    properties = torch.cuda.get_device_properties(device)
+    return _Card(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor - 1024,  # CUDA keeps a KiB
+    )
+
+
+def _card_that_triton_finds() -> _Card:
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    major, minor = divmod(driver.get_current_target().arch, 10)
+    return _Card((major, minor), properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def upload(values: Any, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -9,8 +9,6 @@ import torch
 Call = tuple[str, Callable[[], object]]
 MODELS = ("glm-4.6", "glm-4.5-air")
 NUM_TOKENS = (1, 4, 16, 64, 512, 8192)
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes that one program can have, by compute capability."""
 META = torch.device("meta")
 
 
