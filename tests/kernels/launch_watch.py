@@ -1,8 +1,8 @@
 """What kernels touch before they wait for the launch before them, watched in Triton's interpreter.
 
-The rule (``gpu.wait_for_predecessor``): a kernel's programs may begin while the launch before still runs, so before they
-wait they store nothing, and load nothing that it stores. Every program waits and then lets the next launch begin, so
-whatever was stored before that launch is old enough.
+The rule (``gpu.wait_for_predecessor``): a kernel's programs may begin while the launch before still runs, so before
+they wait they store nothing, and load nothing that it stores. Every program waits and then lets the next launch begin,
+so whatever was stored before that launch is old enough.
 
 Only launches of this package are taken to order anything. An operation of torch's, which may be a library's kernel, a
 copy or a collective, could let the next launch begin whenever it likes; so what it stores counts as just stored until
@@ -94,7 +94,7 @@ class LaunchWatch(TorchDispatchMode):
         self._stores.append(places)
 
     def prefetch(self, places: Spans) -> None:
-        """Rows that are asked for ahead. They are in one of the arguments, of which nothing is computed meanwhile."""
+        """What is asked for ahead of waiting, which may be stale: whole units of one of the arguments."""
         if len(places) and (places % PREFETCH_UNIT).any():
             self._blame("asks ahead for parts of units")
         if len(places) and not any(_is_inside(places, memory) for memory in self._arguments):
@@ -108,7 +108,10 @@ class LaunchWatch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Notes what torch's operations store: all that they return, but for views and fresh memory."""
+        """Notes what torch's operations store: all that they return, but for views and fresh memory.
+
+        The host's numbers count too (lift_fresh), since on a GPU they are copied to it.
+        """
         options = kwargs or {}
         with self:
             parts = func.decompose(*args, **options)
@@ -116,7 +119,7 @@ class LaunchWatch(TorchDispatchMode):
             return parts
         out = func(*args, **options)
         name = func.overloadpacket.__name__
-        if not func.is_view and "empty" not in name:
+        if name == "lift_fresh" or not (func.is_view or "empty" in name):
             returned = out if isinstance(out, tuple | list) else [out]
             changed = [x for x in returned if isinstance(x, torch.Tensor) and x.numel()]
             self._just_stored += [(name, _of_elements(x)) for x in changed]
