@@ -201,8 +201,6 @@ def test_an_engine_loads_early_only_what_is_old(
             chunked_prefill_size=18,
         )
     )
-    watch.faults.clear()  # what was stored while loading had been waited for
-    watch.early.clear()
     requests = [
         request("short", [3, 9, 1], max_new_tokens=6, num_top_logprobs=1),  # drafted for step by step
         request("long", [i % 40 for i in range(30)], max_new_tokens=2),
@@ -219,8 +217,9 @@ def test_an_engine_loads_early_only_what_is_old(
 
 @jit
 def _add_early(x, out, n, WHEN: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x + 1. WHEN: 0 for all of it after waiting, 1 for a load before, 2 for a store before too, 3 for no waiting in
-    the second program."""
+    """x + 1. WHEN: 0 for all of it after waiting, 1 for the load before, 2 for a store before too; 3 for no waiting
+    in the second program.
+    """
     places = tl.program_id(0) * 8 + tl.arange(0, 8)
     if WHEN == 1 or WHEN == 2:
         values = tl.load(x + places, mask=places < n, other=0.0)
