@@ -22,6 +22,7 @@ def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, tensors on the CPU go to Triton's kernels, which its interpreter runs."""
     from triton.runtime import interpreter
 
+    _patch_triton_once_a_launch(monkeypatch)
     monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
     monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
@@ -30,6 +31,30 @@ def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "starts_early", lambda device: False)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
     monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
+
+
+def _patch_triton_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter puts its own functions into Triton's modules, again in every call within a kernel, which takes as
+    long as the kernel itself."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patched: set[frozenset[int]] = set()
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_once(function: Any) -> Any:
+        modules = frozenset(id(one) for one in function.__globals__.values() if one is tl or one is tl.core)
+        if modules in patched:
+            return interpreter._LangPatchScope()
+        patched.add(modules)
+        return patch(function)
+
+    def launch(self: Any, *arguments: Any, **constants: Any) -> None:
+        patched.clear()
+        run(self, *arguments, **constants)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
 
 
 def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:

@@ -186,20 +186,8 @@ def watch_launches(monkeypatch: pytest.MonkeyPatch) -> LaunchWatch:
 
     def launch(self: Any, *arguments: Any, **constants: Any) -> None:
         tensors = [getattr(one, "base", one) for one in arguments if not isinstance(one, int | float)]
-        patched.clear()
         with watch.launch(self.fn.__name__, tensors):
             run(self, *arguments, **constants)
-
-    patched: set[frozenset[int]] = set()
-    patch = interpreter._patch_lang
-
-    def patch_once(function: Any) -> Any:
-        """Triton's modules as one launch needs them; the interpreter does it again in every call of a function."""
-        modules = frozenset(id(one) for one in function.__globals__.values() if one is tl or one is tl.core)
-        if modules in patched:
-            return interpreter._LangPatchScope()
-        patched.add(modules)
-        return patch(function)
 
     def assembly(self: Any, text: str, constraints: str, values: list[TensorHandle], *_: Any) -> _Zeros:
         """Of prefetch_rows: addresses and sizes."""
@@ -208,7 +196,6 @@ def watch_launches(monkeypatch: pytest.MonkeyPatch) -> LaunchWatch:
         watch.prefetch(np.stack([first, first + size], 1)[size > 0])
         return _Zeros(values[0].data.shape)
 
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
     monkeypatch.setattr(builder, "create_inline_asm", assembly)
     monkeypatch.setattr(tl.extra.cuda, "gdc_wait", watch.wait)

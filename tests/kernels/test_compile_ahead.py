@@ -13,12 +13,11 @@ import pytest
 
 from tests.card import SHARED_MEMORY
 
-FEW_SPILLED_BYTES = 64
-"""Of a thread's registers, what may be put aside once around the loops; within them nothing may."""
 READ_EARLY = {"_norm_rows", "_rope_and_cache", "attend_tiles", "merge_parts", "_expert_matmul"}
 """Kernels that read what is older than the launch before, while that may still run."""
 TWO_REGISTERS = 8
-"""Bytes that ptxas may put aside in a product, where that lets a second program run beside the first."""
+"""Bytes that may be put aside outside of loops in a product for capability 8.0, so that two programs share a
+processor; nowhere else anything may."""
 
 
 def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
@@ -48,7 +47,7 @@ def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
     for one in kernels:
         assert one["shared_bytes"] <= SHARED_MEMORY[arch], one
         is_product = one["kernel"] in ("_matmul", "_project")
-        assert one["stack_bytes"] <= (TWO_REGISTERS if is_product else FEW_SPILLED_BYTES), one
+        assert one["stack_bytes"] <= (TWO_REGISTERS if is_product and arch == 80 else 0), one
         assert one["spills_in_loops"] == 0, one
         if arch >= 90:
             assert one["writes_early"] == 0, one
