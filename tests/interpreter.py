@@ -24,6 +24,8 @@ def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_convert_float", _convert_as_the_hardware)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_mul", _multiply_within_int32)
+    monkeypatch.setattr(interpreter.ReduceOps, "sum", _sum_as_the_hardware)
     monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
     monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
@@ -42,6 +44,23 @@ def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mod
     plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     converted = given.to(_DTYPES[str(target)])
     return converted.view(plain[converted.itemsize]).numpy().view(unsigned[converted.itemsize])
+
+
+def _multiply_within_int32(self: Any, a: Any, b: Any) -> Any:
+    """A product of int32 that is none would be a place outside of all tensors."""
+    product = self.binary_op(a, b, np.multiply)
+    if product.data.dtype == np.int32:
+        assert (np.multiply(a.data, b.data, dtype=np.int64) == product.data).all(), "a product overflows int32"
+    return product
+
+
+def _sum_as_the_hardware(self: Any, values: Any) -> Any:
+    """In an order that depends on the tile's shape, as that of threads does: batches of other sizes round otherwise."""
+    given = values.handle.data
+    if self.axis is not None and given.dtype.kind == "f":
+        order = np.random.default_rng(given.shape).permutation(given.shape[self.axis])
+        given = np.take(given, order, self.axis)
+    return self.to_tensor(np.sum(given, axis=self.axis, keepdims=self.keep_dims), values.dtype)
 
 
 def _dot_as_the_hardware(
