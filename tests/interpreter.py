@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from nextn.kernels import gpu
+
+from tests.races import watch_for_races
 
 _DTYPES = {
     "fp64": torch.float64,
@@ -26,12 +30,33 @@ def stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_as_the_hardware)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_mul", _multiply_within_int32)
     monkeypatch.setattr(interpreter.ReduceOps, "sum", _sum_as_the_hardware)
+    _shuffle_programs(monkeypatch)
+    watch_for_races(monkeypatch)
     monkeypatch.setattr(gpu, "suits", lambda *tensors: True)
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: True)
     monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
     monkeypatch.setattr(gpu, "starts_early", lambda device: False)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
     monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
+
+
+def _shuffle_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch's programs run in an order that nobody may count on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    begin = InterpreterBuilder.set_grid_idx
+
+    def begin_another(self: Any, *place: int) -> None:
+        size = tuple(self.grid_dim)
+        order = _order_of(math.prod(size))
+        begin(self, *(int(i) for i in np.unravel_index(order[np.ravel_multi_index(place, size)], size)))
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", begin_another)
+
+
+@lru_cache(maxsize=16)
+def _order_of(num_programs: int) -> Any:
+    return np.random.default_rng(num_programs).permutation(num_programs)
 
 
 def _convert_as_the_hardware(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
