@@ -114,9 +114,9 @@ def test_the_counters_are_ready_for_the_next_call(device: torch.device) -> None:
 
 def test_batch_invariance_is_exact(device: torch.device) -> None:
     x, gate, bias = (t.to(device) for t in _well_apart(70, 40, 1024))
-    weights, ids = _route(x, gate, bias, batch_invariant=True)
-    for rows in (slice(0, 1), slice(5, 23), slice(69, 70)):
-        some_weights, some_ids = _route(x[rows], gate, bias, batch_invariant=True)
+    weights, ids = _route(x, gate, bias, top_k=8, batch_invariant=True)
+    for rows in (slice(0, 1), slice(5, 23), *(slice(row, row + 1) for row in range(62, 70))):
+        some_weights, some_ids = _route(x[rows], gate, bias, top_k=8, batch_invariant=True)
         assert torch.equal(some_weights, weights[rows])
         assert torch.equal(some_ids, ids[rows])
 

@@ -28,9 +28,11 @@ def items_of_sequences(  # type: ignore[no-untyped-def]
     """How many items of work, tiles × parts of its keys, each sequence is [BLOCK_S], and the steps of a part."""
     seqs = tl.arange(0, BLOCK_S)
     inside = seqs < num_seqs
-    first = tl.load(cu_seqlens_q + seqs, mask=inside, other=0)
-    length = (tl.load(cu_seqlens_q + seqs + 1, mask=inside, other=0) - first).to(tl.int32)
-    start = tl.load(starts + seqs, mask=inside, other=0).to(tl.int32)
+    # Past the L1 cache, which may be emptied for a kernel no earlier than when it waits for its predecessor.
+    first = tl.load(cu_seqlens_q + seqs, mask=inside, other=0, cache_modifier=".cg")
+    end = tl.load(cu_seqlens_q + seqs + 1, mask=inside, other=0, cache_modifier=".cg")
+    length = (end - first).to(tl.int32)
+    start = tl.load(starts + seqs, mask=inside, other=0, cache_modifier=".cg").to(tl.int32)
     tiles = tl.where((length > shortest) & (length <= longest), tl.cdiv(length * GROUP, BLOCK_M), 0)
     blocks = tl.cdiv(start + length, BLOCK_N)
     part_blocks = tl.full((), PART_BLOCKS, tl.int32)
@@ -81,7 +83,7 @@ def merge_parts(  # type: ignore[no-untyped-def]
     """Program (token, head): adds the parts of its row, if there are several, CHUNK at a time and in their order."""
     token, head = tl.program_id(0), tl.program_id(1)
     seqs = tl.arange(0, BLOCK_S)
-    lasts = tl.load(cu_seqlens_q + seqs + 1, mask=seqs < num_seqs, other=2**62)
+    lasts = tl.load(cu_seqlens_q + seqs + 1, mask=seqs < num_seqs, other=2**62, cache_modifier=".cg")
     seq = tl.sum((lasts <= token).to(tl.int32))
     wait_for_predecessor(EARLY)
     if seq >= num_seqs:

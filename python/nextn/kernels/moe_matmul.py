@@ -218,14 +218,16 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     num_rows = n * halves
     scale_row = column // GROUP_N + half * (num_scale_rows // halves)
 
+    # What is read before waiting is read past the L1 cache, which may be emptied for this kernel no earlier than then.
+    CACHE: tl.constexpr = ".cg" if PREFETCH > 0 else ""
     if PREFETCH == 0:
         wait_for_predecessor(EARLY)
     if IS_ONE_TOKEN:
-        expert = tl.load(experts + block, mask=block < num_listed, other=last_expert).to(tl.int64)
+        expert = tl.load(experts + block, mask=block < num_listed, other=last_expert, cache_modifier=CACHE).to(tl.int64)
         pair = tl.where(inner_m == 0, block, num_pairs)
     else:
-        expert = tl.load(experts + block).to(tl.int64)
-        pair = tl.load(pairs + block * BLOCK_M + inner_m)
+        expert = tl.load(experts + block, cache_modifier=CACHE).to(tl.int64)
+        pair = tl.load(pairs + block * BLOCK_M + inner_m, cache_modifier=CACHE)
     if PREFETCH > 0:
         if block * tl.num_programs(0) + tile < 1024:  # later ones do not start early
             rows = weight + (tl.maximum(expert, 0) * num_rows + weight_row) * k

@@ -195,9 +195,10 @@ def _rope_and_cache(  # type: ignore[no-untyped-def]
     partners = tl.where(dims < half, dims + half, tl.where(dims < ROTARY_DIM, dims - half, dims))
     is_turned = heads < NUM_HEADS + NUM_KV_HEADS
     is_head = heads < NUM_HEADS + 2 * NUM_KV_HEADS
-    # Positions and slots are older than the product that qkv comes from.
-    position = tl.load(positions + token)
-    slot = tl.load(slot_mapping + token)
+    # Positions and slots are older than the product that qkv comes from. They are read past the L1 cache, which may be
+    # emptied for a kernel no earlier than when it waits for its predecessor.
+    position = tl.load(positions + token, cache_modifier=".cg")
+    slot = tl.load(slot_mapping + token, cache_modifier=".cg")
     cosines = tl.load(cos + position * HEAD_DIM + dims)
     sines = tl.load(sin + position * HEAD_DIM + dims)
     wait_for_predecessor(EARLY)

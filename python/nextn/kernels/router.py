@@ -243,7 +243,11 @@ def _choose(  # type: ignore[no-untyped-def]
     CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """The experts of each row, and their scores, [rows, CHOICES]. scores: [rows, experts]; bias: [experts]"""
+    """The experts of each row, their scores, [rows, CHOICES], and these scores' sum, [rows].
+
+    The sum is made in the order of choice: how hardware would sum a tile depends on how many rows the tile has.
+    scores: [rows, experts]; bias: [experts]
+    """
     expert = tl.arange(0, scores.shape[1])[None, :]
     choice = tl.arange(0, CHOICES)[None, :]
     biased = scores + bias[None, :]
@@ -253,6 +257,7 @@ def _choose(  # type: ignore[no-untyped-def]
         biased = _without_other_groups(biased, num_experts, NUM_GROUPS, TOPK_GROUP, GROUPS)
     chosen = tl.zeros((scores.shape[0], CHOICES), tl.int32)
     chosen_scores = tl.zeros((scores.shape[0], CHOICES), tl.float32)
+    total = tl.zeros((scores.shape[0],), tl.float32)
     for i in tl.static_range(TOP_K):
         _, best = tl.max(biased, 1, return_indices=True)
         is_best = expert == best[:, None]
@@ -260,7 +265,8 @@ def _choose(  # type: ignore[no-untyped-def]
         biased = tl.where(is_best, float("-inf"), biased)
         chosen = tl.where(choice == i, best[:, None], chosen)
         chosen_scores = tl.where(choice == i, score[:, None], chosen_scores)
-    return chosen, chosen_scores
+        total += score
+    return chosen, chosen_scores, total
 
 
 @jit(varying=("num_tokens",))
@@ -329,11 +335,11 @@ def _route(  # type: ignore[no-untyped-def]
             for other in tl.static_range(SPLIT_K):
                 # Read past the L1 cache, which other processors' stores do not reach.
                 sums += tl.load(scored + other * size, mask=is_scored, other=0.0, cache_modifier=".cg")
-            chosen, scores = _choose(
+            chosen, scores, total_score = _choose(
                 tl.sigmoid(sums), bias, num_experts, TOP_K, NUM_GROUPS, TOPK_GROUP, CHOICES, GROUPS
             )
             if NORMALISE:
-                scores = scores / (tl.sum(scores, 1) + 1e-20)[:, None]
+                scores = scores / (total_score + 1e-20)[:, None]
             is_chosen = (token < num_tokens) & (choice < TOP_K)
             places = token * TOP_K + choice
             tl.store(weights + places, scores * factor, mask=is_chosen)
