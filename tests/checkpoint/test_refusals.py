@@ -11,7 +11,7 @@ import torch
 from nextn.checkpoint.hub import resolve_model
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
-from nextn.errors import CheckpointError, NextnError, QuantizationError
+from nextn.errors import CheckpointError, ConfigError, NextnError, QuantizationError
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 
@@ -95,6 +95,14 @@ def test_without_drafts_the_nextn_layer_is_not_read(tmp_path: Path) -> None:
     assert load(folder, want_draft=False).draft is None
     with pytest.raises(CheckpointError, match="enorm"):
         load(folder)
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    """Its rotary table ends there."""
+    folder = write_checkpoint(tmp_path, tiny_config(max_position_embeddings=64))
+    with pytest.raises(ConfigError, match=r"--context-length: found 65, expected at most 64"):
+        load(folder, context_length=65)
+    assert load(folder, context_length=64).draft is not None
 
 
 def test_a_wanted_method_must_be_the_checkpoints(tmp_path: Path) -> None:

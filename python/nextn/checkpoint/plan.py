@@ -14,7 +14,7 @@ from nextn.checkpoint.source import Source
 from nextn.checkpoint.values import check_norms, check_tied_head
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
-from nextn.errors import CheckpointError, QuantizationError
+from nextn.errors import CheckpointError, ConfigError, QuantizationError
 from nextn.quantization.precedence import DraftQuantization, decide_draft_quantization
 from nextn.quantization.tensors import CheckedQuantization
 
@@ -65,6 +65,7 @@ def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPl
     dummy = engine_config.load_format == "dummy"
     source = Source.open(engine_config.model_path, flag="--model-path", dummy=dummy)
     _check_method(source, engine_config.quantization)
+    _check_context(source, engine_config.context_length)
     flag = f"--quantization {engine_config.quantization}" if engine_config.quantization else None
     quantization = CheckedQuantization(source.quantization, source.dtypes, decided_by=flag)
     layout = target_layout(source.config, quantization)
@@ -138,6 +139,15 @@ def _check_method(source: Source, wanted: str | None) -> None:
     if wanted is not None and wanted != found:
         raise QuantizationError(
             f"--quantization {wanted}: the checkpoint is {found}; leave the flag away to use {found}"
+        )
+
+
+def _check_context(source: Source, wanted: int | None) -> None:
+    most = source.config.max_position_embeddings
+    if wanted is not None and wanted > most:
+        raise ConfigError(
+            f"--context-length: found {wanted}, expected at most {most}, the max_position_embeddings of "
+            f"{source.folder}/config.json; lower it, or leave the flag away for all of them"
         )
 
 

@@ -31,6 +31,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are made in float32 everywhere
     if not gpu.suits(torch.empty(0, device=device)):
         raise ConfigError("--device: the kernels for GPUs need Triton, which is not installed; pip install triton")
     return device

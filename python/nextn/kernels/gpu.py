@@ -107,7 +107,8 @@ def wait_for_predecessor(EARLY: tl.constexpr):  # type: ignore[no-untyped-def, n
     """Every kernel calls this before it reads or writes memory; see ``starts_early``.
 
     It waits until the launch before has ended and its stores are seen, then lets the next one's programs start. So one
-    launch at most is ahead of its turn, and what was stored two launches before may be read without waiting.
+    launch at most is ahead of its turn, and what was stored two launches before may be read without waiting; past the
+    L1 cache (``.cg``), unless it never changes.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
