@@ -37,8 +37,9 @@ def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(900)  # some three hundred runs of ptxas
-@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
+    """For capability 10.0 kernels are compiled, not tuned: some put registers aside."""
     pytest.importorskip("triton")
     kernels = compiled(arch, tmp_path)
     assert {"_matmul", "_project", "_norm_rows"} <= {one["kernel"] for one in kernels}
@@ -47,13 +48,14 @@ def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
     for one in kernels:
         assert one["shared_bytes"] <= SHARED_MEMORY[arch], one
         is_product = one["kernel"] in ("_matmul", "_project")
-        assert one["stack_bytes"] <= (TWO_REGISTERS if is_product and arch == 80 else 0), one
-        assert one["spills_in_loops"] == 0, one
+        if arch < 100:
+            assert one["stack_bytes"] <= (TWO_REGISTERS if is_product and arch == 80 else 0), one
+            assert one["spills_in_loops"] == 0, one
         if arch >= 90:
             assert one["writes_early"] == 0, one
             assert one["reads_early"] == 0 or one["kernel"] in READ_EARLY, one
         if is_product:
-            assert one["uses_wgmma" if arch == 90 else "uses_mma"], one
+            assert one[{90: "uses_wgmma", 100: "uses_tcgen05"}.get(arch, "uses_mma")], one
         if one["kernel"] == "_matmul" and one["constants"]["HAS_X_SCALE"]:
             assert one["multiplies_fp8"], one
 
