@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import App, AppFactory
-from tests.server.fake_engine import EOS
+from tests.server.fake_engine import EOS, Behaviour
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -124,6 +124,19 @@ def test_an_aborted_request_ends_with_reason_abort(make_app: AppFactory) -> None
     assert {e["meta_info"]["finish_reason"]["type"] for e in last.values()} == {"abort"}
     assert payloads[-1] == "[DONE]"
     app.wait_until_idle()
+
+
+def test_a_name_can_be_taken_again_as_soon_as_its_request_is_over(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.03))
+    one, other = (app.services.require_tokenizer().encode(text, add_special_tokens=False) for text in ("one two", "six"))
+    params = {"max_new_tokens": 200, "ignore_eos": True}
+    for _ in range(3):
+        body = {"input_ids": one, "rid": "r", "sampling_params": {**params, "stop": "two"}}
+        assert app.http.post("/generate", json=body).json()["text"] == "one "
+        body = {"input_ids": other, "rid": "r", "sampling_params": {**params, "max_new_tokens": 4}}
+        answer = app.http.post("/generate", json=body).json()
+        assert answer["output_ids"] == (other * 4)[:4]
+        assert answer["meta_info"]["finish_reason"]["type"] == "length"
 
 
 def test_without_a_tokenizer_only_token_ids_are_served(make_app: AppFactory) -> None:

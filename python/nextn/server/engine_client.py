@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -77,6 +78,7 @@ class EngineClient:
         self._metrics = metrics
         self._max_in_flight = max_in_flight
         self._running: dict[str, _Running] = {}
+        self._leaving: Counter[str] = Counter()  # names of aborted requests whose last output has not come yet
         self._groups: dict[str, Generation] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._num_calls = 0
@@ -218,6 +220,7 @@ class EngineClient:
             return
         if abort and self.state is not EngineState.DEAD:
             self._outgoing.put_nowait(Abort(rid))
+            self._leaving[rid] += 1
         if running.generation.has_ended:
             del self._groups[running.generation.rid]
 
@@ -257,6 +260,12 @@ class EngineClient:
                     future.set_result(message.result)
 
     def _deliver(self, output: RequestOutput) -> None:
+        if output.rid in self._leaving:  # not of the request that has the name now: the engine keeps the order
+            if output.finish_reason is not None:
+                self._leaving[output.rid] -= 1
+                if not self._leaving[output.rid]:
+                    del self._leaving[output.rid]
+            return
         running = self._running.get(output.rid)
         if running is None:
             return
