@@ -126,9 +126,29 @@ def test_an_aborted_request_ends_with_reason_abort(make_app: AppFactory) -> None
     app.wait_until_idle()
 
 
+def test_a_prompt_of_a_batch_is_aborted_by_its_name_with_all_its_choices(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.01))
+    params = {"max_new_tokens": 100, "n": 2}
+    body = {"text": ["x", "y"], "rid": ["a", "b"], "stream": True, "sampling_params": params}
+    with app.http.stream("POST", "/generate", json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        first = [next(lines)]
+        app.http.post("/abort_request", json={"rid": "a"})
+        events = [json.loads(line.removeprefix("data: ")) for line in [*first, *lines][:-1]]
+    reasons = {event["index"]: event["meta_info"]["finish_reason"] for event in events}
+    assert {index: reason["type"] for index, reason in reasons.items()} == {
+        0: "abort",
+        1: "abort",
+        2: "length",
+        3: "length",
+    }
+
+
 def test_a_name_can_be_taken_again_as_soon_as_its_request_is_over(make_app: AppFactory) -> None:
     app = make_app(behaviour=Behaviour(step_seconds=0.03))
-    one, other = (app.services.require_tokenizer().encode(text, add_special_tokens=False) for text in ("one two", "six"))
+    one, other = (
+        app.services.require_tokenizer().encode(text, add_special_tokens=False) for text in ("one two", "six")
+    )
     params = {"max_new_tokens": 200, "ignore_eos": True}
     for _ in range(3):
         body = {"input_ids": one, "rid": "r", "sampling_params": {**params, "stop": "two"}}
