@@ -163,6 +163,8 @@ def test_without_a_tokenizer_only_token_ids_are_served(make_app: AppFactory) -> 
     app = make_app("--skip-tokenizer-init", with_tokenizer=False)
     body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
     assert app.http.post("/generate", json=body).json()["output_ids"] == [5, 6, 5]
+    events = events_of(app.http.post("/generate", json={**body, "stream": True}))
+    assert [event["output_ids"] for event in events] == [[5, 6], [5, 6, 5]]
     for path, wrong in (
         ("/generate", {"text": "x"}),
         ("/generate", {**body, "sampling_params": {"stop": "x"}}),
