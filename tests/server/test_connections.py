@@ -63,6 +63,17 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_engine(make_app: 
     assert app.services.engine.num_running == 0
 
 
+def test_a_client_that_leaves_before_its_body_has_come_is_no_failure_of_the_server(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection = socket.create_connection((httpx.URL(app.url).host, httpx.URL(app.url).port or 0), timeout=10)
+    connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"prompt": ')
+    app.http.get("/health")  # the server has read what came before
+    connection.close()
+    app.http.get("/health")
+    assert not caplog.records
+
+
 def test_a_client_that_does_not_read_costs_no_queue(make_app: AppFactory) -> None:
     """What one slow client leaves unread is merged into one pending output, and nobody else waits for it."""
     app = make_app(behaviour=Behaviour(step_seconds=0.0, tokens_per_step=1))

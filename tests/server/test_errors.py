@@ -244,6 +244,7 @@ def test_unknown_paths_and_methods_answer_in_the_contract_form(app: App) -> None
     response = app.http.get(COMPLETIONS)
     check_error(response, 405, None, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["message"].endswith("use POST.")
 
 
 def test_a_body_over_the_limit_is_a_413_before_it_is_read(make_app: AppFactory) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -52,7 +52,9 @@ async def _answer_request_error(request: Request, error: Exception) -> Response:
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path:.200} is not served here."
+    allowed = (error.headers or {}).get("Allow")
+    hint = f"; use {allowed}" if allowed else ""
+    message = f"{request.method} {request.url.path:.200} is not served here{hint}."
     code = _HTTP_CODES.get(error.status_code, "http_error")
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
@@ -77,6 +79,8 @@ class _LastResort:
 
         try:
             await self._app(scope, receive, watched_send)
+        except ClientDisconnect:  # before its body was here: there is nobody to answer
+            pass
         except Exception as error:
             failure = as_api_error(error)
             if not begun:
