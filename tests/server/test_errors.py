@@ -259,6 +259,13 @@ def test_headers_over_the_limit_are_refused(app: App) -> None:
     assert raw_exchange(app, head + b"x-filler: " + b"y" * (2 * MAX_HEADER_BYTES)).startswith(b"HTTP/1.1 431")
     many = b"".join(b"x-%d: y\r\n" % i for i in range(MAX_HEADER_BYTES // 4))
     assert raw_exchange(app, head + many).startswith(b"HTTP/1.1 431")
+    chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    assert raw_exchange(app, chunked + 8 * many).startswith(b"HTTP/1.1 431")
+
+
+def test_a_body_in_many_small_chunks_is_read(app: App) -> None:
+    body = json.dumps({"prompt": "x" * 20_000, "no_such_field": 1}).encode()
+    check_error(app.http.post(COMPLETIONS, content=(bytes([byte]) for byte in body)), 400, "no_such_field")
 
 
 def test_bytes_that_are_not_http_get_a_400(app: App) -> None:
