@@ -143,6 +143,40 @@ def test_a_request_in_flight_when_the_engine_fails_ends_with_an_error(make_app: 
     assert "SIGKILL" in late.json()["error"]["message"]
 
 
+WORDS = "The quick brown fox jumps over the lazy dog. "
+TOOL = {"type": "function", "function": {"name": "f", "description": WORDS * 20_000}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": WORDS * 20_000}),
+        ("/v1/completions", {"prompt": [WORDS * 100] * 200}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL]}),
+        ("/tokenize", {"prompt": [WORDS * 100] * 200}),
+        ("/detokenize", {"tokens": [40] * 1_000_000}),
+    ],
+    ids=["a long prompt", "many prompts", "long tools", "tokenize", "detokenize"],
+)
+def test_a_long_text_does_not_hold_up_other_requests(app: App, path: str, body: dict[str, Any]) -> None:
+    payload = json.dumps(body).encode()
+
+    async def measure() -> tuple[float, float]:
+        """Seconds that the request takes, and the longest that another one takes meanwhile."""
+        longest = 0.0
+        async with httpx.AsyncClient(base_url=app.url, timeout=60, verify=False) as client:
+            begun_at = time.monotonic()
+            long = asyncio.create_task(client.post(path, content=payload))
+            while not long.done():
+                sent_at = time.monotonic()
+                await client.get("/health")
+                longest = max(longest, time.monotonic() - sent_at)
+            return time.monotonic() - begun_at, longest
+
+    took, longest = asyncio.run(measure())
+    assert longest < 0.6 * took  # about 0.1; all of it where the server does nothing else
+
+
 def test_keep_alive_connections_serve_request_after_request(app: App) -> None:
     started = time.monotonic()
     with app.http as client:

@@ -54,9 +54,7 @@ def router(services: Services) -> APIRouter:
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         add_special = asked.add_special_tokens is not False
         tokenizer = services.require_tokenizer()
-        found = await maybe_in_thread(
-            sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=add_special) for text in texts]
-        )
+        found = await maybe_in_thread(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts, add_special))
         single = isinstance(asked.prompt, str)
         answer = {
             "tokens": found[0] if single else found,
@@ -74,7 +72,7 @@ def router(services: Services) -> APIRouter:
         for ids in batch:
             check_token_ids(ids, services.engine.require_ready().vocab_size, "tokens")
         skip = asked.skip_special_tokens is not False
-        texts = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in batch]
+        texts = await maybe_in_thread(sum(map(len, batch)), lambda: tokenizer.decode_batch(batch, skip))
         answer = {"text": texts[0] if is_single else texts}
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
