@@ -40,8 +40,8 @@ def router(services: Services) -> APIRouter:
         prompt = plan.prompts[0].text or ""
         writers = [ChatWriter(services, asked, tools, prompt) for _ in range(plan.n)]
         if asked.stream:
-            return EventStream(_stream(services, asked, plan, writers), services.metrics.count_disconnect)
-        return JsonReply(_collect(services, plan, writers), services.metrics.count_disconnect)
+            return EventStream(_stream(services, asked, plan, writers), services.metrics.count_abort)
+        return JsonReply(_collect(services, plan, writers), services.metrics.count_abort)
 
     return routes
 

@@ -222,6 +222,7 @@ class EngineClient:
         running = self._running.pop(rid, None)
         if running is None:
             return
+        self._metrics.observe_end(time.monotonic() - running.arrived_at)
         if abort and self.state is not EngineState.DEAD:
             self._outgoing.put_nowait(Abort(rid))
             self._leaving[rid] += 1
@@ -283,6 +284,6 @@ class EngineClient:
                 self._metrics.observe_next_tokens(now - running.last_output_at, num_new)
             running.last_output_at = now
             running.num_tokens += num_new
-        if output.finish_reason is not None:
-            self._metrics.observe_end(now - running.arrived_at, output.finish_reason)
+        if output.finish_reason == "abort":
+            self._metrics.count_abort()
         running.generation.deliver(running.index, output)
