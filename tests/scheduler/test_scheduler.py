@@ -61,6 +61,18 @@ def test_first_come_is_first_served_and_priority_overtakes() -> None:
         assert [*step(scheduler), *step(scheduler)] == expected
 
 
+def test_places_to_run_and_to_wait_are_all_taken_before_requests_are_refused() -> None:
+    scheduler = make_scheduler(max_running=2, max_queued=3)
+    for rid in "abcde":
+        assert not scheduler.is_full
+        add(scheduler, rid, [1])
+    assert scheduler.is_full
+    step(scheduler)
+    assert scheduler.is_full
+    scheduler.abort("a")
+    assert not scheduler.is_full
+
+
 def test_a_second_request_computes_only_what_the_first_did_not() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", list(range(10)), max_new=1)

@@ -93,7 +93,7 @@ def run_app(
 
     async def serve() -> None:
         metrics = Metrics()
-        client = EngineClient(ServerEnd(directory), metrics, args.max_running_requests + args.max_queued_requests)
+        client = EngineClient(ServerEnd(directory), metrics, args.max_requests_in_flight)
         services = Services(
             args=args,
             model_path=str(model_path),

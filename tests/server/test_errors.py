@@ -352,6 +352,17 @@ def test_two_running_requests_may_not_share_a_rid(make_app: AppFactory) -> None:
 
 def test_more_requests_than_can_run_and_wait_are_a_429_without_asking_the_engine(make_app: AppFactory) -> None:
     app = make_app("--max-running-requests", "2", "--max-queued-requests", "1")
-    check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 4}), 429, None, "queue_full")
-    assert app.added == []
+    app.engine.behaviour.step_seconds = 0.05
+    with app.http.stream("POST", GENERATE, json={"text": "x", "stream": True}) as running:
+        lines = running.iter_lines()
+        next(lines)
+        check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 3}), 429, None, "queue_full")
+    assert len(app.added) == 1
+    app.wait_until_idle()
     assert app.http.post(COMPLETIONS, json={"prompt": "x", "n": 3}).status_code == 200
+
+
+def test_more_choices_than_can_ever_run_and_wait_are_a_400(make_app: AppFactory) -> None:
+    app = make_app("--max-running-requests", "2", "--max-queued-requests", "1")
+    check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 4}), 400, "prompt", "invalid_value")
+    check_error(app.http.post(GENERATE, json={"text": ["x"] * 4}), 400, "text", "invalid_value")
