@@ -60,6 +60,17 @@ def test_streamed_text_is_cumulative_and_ends_with_done(app: App) -> None:
     assert events[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 8}
 
 
+def test_a_stream_has_the_ids_of_tokens_that_are_not_shown(app: App) -> None:
+    app.engine.behaviour.script = [40, EOS, EOS, EOS, EOS, EOS, 41]
+    body = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 7, "ignore_eos": True}}
+    events = events_of(app.http.post("/generate", json=body))
+    text = app.services.require_tokenizer().token_text
+    assert len(events) >= 3
+    assert events[1]["text"] == text(40)
+    assert events[1]["output_ids"][:3] == [40, EOS, EOS]
+    assert events[-1]["text"] == text(40) + text(41)
+
+
 def test_a_batch_gives_a_list_with_the_parameters_of_each(app: App) -> None:
     params = [{"max_new_tokens": 2}, {"max_new_tokens": 5}]
     body = {"input_ids": [[5, 6], [7]], "sampling_params": params, "rid": ["a", "b"]}

@@ -94,9 +94,8 @@ class Piece:
 
     @property
     def is_empty(self) -> bool:
-        """True if it says nothing: text that waits for its next token. Without a tokenizer, the token ids say it."""
-        news = self.token_ids if self.choice.assembler is None else self.text
-        return not news and not self.logprobs and not self.prompt_logprobs and self.choice.finish_reason is None
+        """True if it has nothing to read: hidden tokens, or text that waits for its next token."""
+        return not self.text and not self.logprobs and not self.prompt_logprobs and self.choice.finish_reason is None
 
 
 async def generate(services: Services, plan: Plan) -> AsyncGenerator[list[Piece], None]:

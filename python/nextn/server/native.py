@@ -225,8 +225,6 @@ async def _stream(
             for piece in pieces:
                 index = piece.choice.index
                 answers[index].add(piece)
-                if piece.is_empty:
-                    continue
                 answer = answers[index].so_far(piece.choice)
                 events.append(sse(msgspec.json.encode(answer if is_single else {**answer, "index": index})))
             if events:
