@@ -14,7 +14,7 @@ from nextn.bench.runner import run_benchmark
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. Returns the exit code: 1 if it could not run or every request failed."""
+    """Run the benchmark. Returns the exit code: 1 if it could not run or every request failed, 130 after Ctrl-C."""
     options = parse_options(argv)
     try:
         if options.compare:
@@ -32,9 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from nextn.bench.plot import plot_run
 
             plot_run(run, options.plot, f"{run.model} · {options.backend} · {figures['completed']} requests")
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: stopped before the end; there are no figures", file=sys.stderr)
+        return 130
     return 0 if figures["completed"] else 1
 
 

@@ -240,7 +240,7 @@ def _serve(
 
     async def run() -> tuple[str | None, bool]:
         metrics = Metrics()
-        client = EngineClient(end, metrics, args.max_running_requests + args.max_queued_requests)
+        client = EngineClient(end, metrics, args.max_requests_in_flight)
         services = Services(
             args=args,
             model_path=model_path,

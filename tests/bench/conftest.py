@@ -17,6 +17,8 @@ TOKENS_PER_CHUNK = 2
 
 @dataclass
 class FakeServer:
+    """mode: what goes wrong; a JSON object is the only event of every answer"""
+
     url: str = ""
     mode: str = "ok"
     passes: int = 0
@@ -26,6 +28,8 @@ class FakeServer:
         body = await request.json()
         self.bodies.append(body)
         index = len(self.bodies)
+        if self.mode.startswith("{"):
+            return web.Response(body=f"data: {self.mode}\n\ndata: [DONE]\n\n".encode("latin-1"))
         if self.mode == "fail" or (self.mode == "every-other" and index % 2 == 0):
             return web.json_response({"error": {"message": "queue full"}}, status=429)
         native = request.path == "/generate"

@@ -87,3 +87,21 @@ def test_what_is_missing_is_named(tokenizer_path: str) -> None:
     options = parse_options(["--dataset-name", "random", "--dataset-path", "/nowhere.json"])
     with pytest.raises(BenchError, match="no such file"):
         make_requests(options, load_tokenizer(tokenizer_path), None)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[5]", b'[{"conversations": [5, 6]}]', b'[{"messages": "ab"}]', b"\xff", b"{", b"[" * 9000]
+)
+def test_a_dataset_of_the_wrong_form_is_named(content: bytes, tokenizer_path: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_bytes(content)
+    options = parse_options(["--dataset-name", "sharegpt", "--dataset-path", str(file)])
+    with pytest.raises(BenchError, match=str(file)):
+        make_requests(options, load_tokenizer(tokenizer_path), None)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--seed", "-1"), ("--extra-request-body", '{"sampling_params": 5}')])
+def test_a_wrong_value_is_named(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options([flag, value])
+    assert flag in capsys.readouterr().err

@@ -57,6 +57,29 @@ def test_a_broken_answer_is_a_failure(mode: str, reason: str, server: FakeServer
     assert line["errors"] == {reason: 4}
 
 
+@pytest.mark.parametrize("backend", ["nextn", "openai", "openai-chat"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        '{"meta_info": 5, "usage": 5}',
+        '{"text": 5, "choices": [{"text": 5}]}',
+        '{"meta_info": {"completion_tokens": "9"}, "usage": {"completion_tokens": "9"}}',
+        '{"meta_info": "x", "choices": [null]}',
+        '{"text": "\xff", "choices": [{"text": "\xff"}]}',
+        '{"meta_info": [1], "choices": [{"delta": {"tool_calls": [5]}}]}',
+    ],
+)
+def test_an_answer_of_the_wrong_form_is_a_failure_of_its_request_alone(
+    backend: str, event: str, server: FakeServer, tmp_path: Path, tokenizer_path: str
+) -> None:
+    server.mode = event
+    flags = ["--backend", backend, "--tokenizer", tokenizer_path, "--warmup-requests", "0"]
+    code, line = run(server, tmp_path, *flags)
+    assert code == 1
+    assert list(line["errors"].values()) == [4]
+    assert "Error" in next(iter(line["errors"]))
+
+
 def test_without_streaming_only_end_to_end_is_measured(server: FakeServer, tmp_path: Path) -> None:
     code, line = run(server, tmp_path, "--dataset-name", "random-ids", "--disable-stream")
     assert code == 0

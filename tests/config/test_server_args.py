@@ -85,6 +85,8 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
     [
         (["--port", "70000"], "--port: found '70000', expected a whole number at least 0 and at most 65535"),
         (["--port", "x"], "--port: found 'x', expected a whole number"),
+        (["--random-seed", "9" * 20], "--random-seed: found '9{20}', expected a whole number at least 0 and below 2"),
+        (["--random-seed", "9" * 400], "--random-seed: found '9{99}, expected a whole number"),
         (["--page-size", "0"], "--page-size: found '0', expected a whole number at least 1"),
         (["--context-length", "0"], "--context-length: found '0'"),
         (["--startup-timeout", "nan"], "--startup-timeout: found 'nan', expected a number at least 1"),
@@ -148,6 +150,13 @@ def test_a_wrong_variable_is_named(variable: str, value: str, complaint: str) ->
     [
         ("prot: 1", r"server\.yaml: prot: there is no such setting; did you mean port"),
         ("port: many", r"server\.yaml: port: found 'many', expected a whole number"),
+        ("host: 2020-13-45", r"--config .*server\.yaml: cannot be read: month must be in 1\.\.12"),
+        ("port: " + "1" * 5000, r"--config .*server\.yaml: cannot be read: Exceeds the limit"),
+        ("port: " + "[" * 5000, r"--config .*server\.yaml: cannot be read: maximum recursion"),
+        (
+            "port: [1,",
+            r"--config .*server\.yaml: cannot be read: while parsing a flow node [^\n]* line 1, column 10: [^\n]*$",
+        ),
         ("port: true", r"server\.yaml: port: found True"),
         ("port: [1]", r"server\.yaml: port: found \[1\]"),
         ("page-size: 1\npage_size: 2", r"server\.yaml: page_size: stands there twice"),

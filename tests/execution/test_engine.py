@@ -269,7 +269,7 @@ def test_a_request_that_cannot_be_served_is_refused_alone(
 
 
 def test_a_full_queue_refuses(make_engine: EngineFactory) -> None:
-    engine = make_engine(max_queued_requests=2)
+    engine = make_engine(max_running_requests=1, max_queued_requests=1)
     assert [engine.add(request(str(i), [1])) is None for i in range(3)] == [True, True, False]
 
 

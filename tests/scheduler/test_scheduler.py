@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -60,6 +61,18 @@ def test_first_come_is_first_served_and_priority_overtakes() -> None:
         assert [*step(scheduler), *step(scheduler)] == expected
 
 
+def test_places_to_run_and_to_wait_are_all_taken_before_requests_are_refused() -> None:
+    scheduler = make_scheduler(max_running=2, max_queued=3)
+    for rid in "abcde":
+        assert not scheduler.is_full
+        add(scheduler, rid, [1])
+    assert scheduler.is_full
+    step(scheduler)
+    assert scheduler.is_full
+    scheduler.abort("a")
+    assert not scheduler.is_full
+
+
 def test_a_second_request_computes_only_what_the_first_did_not() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", list(range(10)), max_new=1)
@@ -97,6 +110,19 @@ def test_a_cache_salt_keeps_prefixes_apart() -> None:
     same = add(scheduler, "c", list(range(8)), max_new=1, cache_salt="alice")
     step(scheduler)
     assert (other.cached_tokens, same.cached_tokens) == (0, 4)
+
+
+@pytest.mark.parametrize("salts", [1, 10_000], ids=["one prefix again and again", "a salt for each"])
+def test_the_cache_does_not_grow_beyond_its_pages(salts: int) -> None:
+    scheduler = make_scheduler(num_pages=16)
+    sizes = []
+    for i in range(3000):
+        add(scheduler, "a", list(range(8)), max_new=1, cache_salt=str(i % salts))
+        step(scheduler)
+        if i % 1000 == 999:
+            gc.collect()
+            sizes.append(len(gc.get_objects()))
+    assert max(sizes) - min(sizes) < 300
 
 
 def test_generated_tokens_become_a_prefix_for_the_next_turn() -> None:

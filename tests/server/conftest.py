@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+import uvloop
 from nextn.config.server_args import ServerArgs
 from nextn.demo import checkpoint_dir
 from nextn.protocol.channel import ServerEnd, private_socket_dir
@@ -93,7 +94,7 @@ def run_app(
 
     async def serve() -> None:
         metrics = Metrics()
-        client = EngineClient(ServerEnd(directory), metrics, args.max_running_requests + args.max_queued_requests)
+        client = EngineClient(ServerEnd(directory), metrics, args.max_requests_in_flight)
         services = Services(
             args=args,
             model_path=str(model_path),
@@ -114,7 +115,11 @@ def run_app(
         await server.serve(sockets=[listener])
         await client.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    def run() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as launch_server does
+            runner.run(serve())
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     assert up.wait(10)
     engine, engine_thread, stop = start_in_thread(directory, behaviour)

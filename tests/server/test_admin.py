@@ -140,6 +140,16 @@ def test_metrics_count_what_happened(make_app: AppFactory) -> None:
         assert f"nextn:{name}" in found
 
 
+def test_a_request_that_a_stop_string_ends_has_a_latency_and_is_no_abort(make_app: AppFactory) -> None:
+    app = make_app(fresh=True)
+    body = {"prompt": "one two three", "max_tokens": 400, "stop": "two"}
+    assert app.http.post("/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "stop"
+    app.wait_until_idle()
+    found = samples(app.http.get("/metrics"))
+    assert found["nextn:e2e_request_latency_seconds_count"] == 1
+    assert found["nextn:num_aborted_requests_total"] == 0
+
+
 def test_metrics_of_two_servers_are_apart(make_app: AppFactory) -> None:
     busy, idle = make_app(), make_app(fresh=True)
     busy.http.post("/v1/completions", json={"prompt": "x"})

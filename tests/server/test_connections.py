@@ -63,6 +63,39 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_engine(make_app: 
     assert app.services.engine.num_running == 0
 
 
+def test_a_client_that_leaves_before_its_body_has_come_is_no_failure_of_the_server(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection = socket.create_connection((httpx.URL(app.url).host, httpx.URL(app.url).port or 0), timeout=10)
+    connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"prompt": ')
+    app.http.get("/health")  # the server has read what came before
+    connection.close()
+    app.http.get("/health")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_write_to_a_client_that_has_just_left_is_no_failure(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    app = make_app(fresh=True)
+    body = json.dumps({"text": "x", "stream": stream, "sampling_params": {"max_new_tokens": 50}}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":  # as uvloop has it until uvicorn hears of the loss
+            raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [], "query_string": b""}
+    asyncio.run_coroutine_threadsafe(app.asgi(scope, receive, send), app.loop).result(10)  # type: ignore[arg-type]
+    app.wait_until_idle()
+    assert [record.getMessage() for record in caplog.records] == []
+    assert "nextn:num_aborted_requests_total 1.0" in app.http.get("/metrics").text
+
+
 def test_a_client_that_does_not_read_costs_no_queue(make_app: AppFactory) -> None:
     """What one slow client leaves unread is merged into one pending output, and nobody else waits for it."""
     app = make_app(behaviour=Behaviour(step_seconds=0.0, tokens_per_step=1))
@@ -130,6 +163,40 @@ def test_a_request_in_flight_when_the_engine_fails_ends_with_an_error(make_app: 
     late = app.http.post("/generate", json={"text": "x"})
     assert late.status_code == 503
     assert "SIGKILL" in late.json()["error"]["message"]
+
+
+WORDS = "The quick brown fox jumps over the lazy dog. "
+TOOL = {"type": "function", "function": {"name": "f", "description": WORDS * 20_000}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": WORDS * 20_000}),
+        ("/v1/completions", {"prompt": [WORDS * 100] * 200}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL]}),
+        ("/tokenize", {"prompt": [WORDS * 100] * 200}),
+        ("/detokenize", {"tokens": [40] * 1_000_000}),
+    ],
+    ids=["a long prompt", "many prompts", "long tools", "tokenize", "detokenize"],
+)
+def test_a_long_text_does_not_hold_up_other_requests(app: App, path: str, body: dict[str, Any]) -> None:
+    payload = json.dumps(body).encode()
+
+    async def measure() -> tuple[float, float]:
+        """Seconds that the request takes, and the longest that another one takes meanwhile."""
+        longest = 0.0
+        async with httpx.AsyncClient(base_url=app.url, timeout=60, verify=False) as client:
+            begun_at = time.monotonic()
+            long = asyncio.create_task(client.post(path, content=payload))
+            while not long.done():
+                sent_at = time.monotonic()
+                await client.get("/health")
+                longest = max(longest, time.monotonic() - sent_at)
+            return time.monotonic() - begun_at, longest
+
+    took, longest = asyncio.run(measure())
+    assert longest < 0.6 * took  # about 0.1; all of it where the server does nothing else
 
 
 def test_keep_alive_connections_serve_request_after_request(app: App) -> None:

@@ -244,6 +244,7 @@ def test_unknown_paths_and_methods_answer_in_the_contract_form(app: App) -> None
     response = app.http.get(COMPLETIONS)
     check_error(response, 405, None, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["message"].endswith("use POST.")
 
 
 def test_a_body_over_the_limit_is_a_413_before_it_is_read(make_app: AppFactory) -> None:
@@ -258,6 +259,13 @@ def test_headers_over_the_limit_are_refused(app: App) -> None:
     assert raw_exchange(app, head + b"x-filler: " + b"y" * (2 * MAX_HEADER_BYTES)).startswith(b"HTTP/1.1 431")
     many = b"".join(b"x-%d: y\r\n" % i for i in range(MAX_HEADER_BYTES // 4))
     assert raw_exchange(app, head + many).startswith(b"HTTP/1.1 431")
+    chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    assert raw_exchange(app, chunked + 8 * many).startswith(b"HTTP/1.1 431")
+
+
+def test_a_body_in_many_small_chunks_is_read(app: App) -> None:
+    body = json.dumps({"prompt": "x" * 20_000, "no_such_field": 1}).encode()
+    check_error(app.http.post(COMPLETIONS, content=(bytes([byte]) for byte in body)), 400, "no_such_field")
 
 
 def test_bytes_that_are_not_http_get_a_400(app: App) -> None:
@@ -344,6 +352,17 @@ def test_two_running_requests_may_not_share_a_rid(make_app: AppFactory) -> None:
 
 def test_more_requests_than_can_run_and_wait_are_a_429_without_asking_the_engine(make_app: AppFactory) -> None:
     app = make_app("--max-running-requests", "2", "--max-queued-requests", "1")
-    check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 4}), 429, None, "queue_full")
-    assert app.added == []
+    app.engine.behaviour.step_seconds = 0.05
+    with app.http.stream("POST", GENERATE, json={"text": "x", "stream": True}) as running:
+        lines = running.iter_lines()
+        next(lines)
+        check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 3}), 429, None, "queue_full")
+    assert len(app.added) == 1
+    app.wait_until_idle()
     assert app.http.post(COMPLETIONS, json={"prompt": "x", "n": 3}).status_code == 200
+
+
+def test_more_choices_than_can_ever_run_and_wait_are_a_400(make_app: AppFactory) -> None:
+    app = make_app("--max-running-requests", "2", "--max-queued-requests", "1")
+    check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 4}), 400, "prompt", "invalid_value")
+    check_error(app.http.post(GENERATE, json={"text": ["x"] * 4}), 400, "text", "invalid_value")

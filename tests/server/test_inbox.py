@@ -33,7 +33,7 @@ def test_what_is_read_is_what_came_whatever_the_timing(
 ) -> None:
     """Each step delivers tokens to one choice; its flag says whether the reader looks right after it."""
     released: list[tuple[str, bool]] = []
-    generation = Generation("r", ["0", "1", "2"], min_tokens, lambda rid, abort: released.append((rid, abort)))
+    generation = Generation(["0", "1", "2"], min_tokens, lambda rid, abort: released.append((rid, abort)))
     sent: dict[int, list[int]] = {0: [], 1: [], 2: []}
     got: dict[int, list[RequestOutput]] = {0: [], 1: [], 2: []}
 
@@ -66,7 +66,7 @@ def test_what_is_read_is_what_came_whatever_the_timing(
 
 def test_closing_aborts_what_still_runs_and_only_that() -> None:
     released: list[tuple[str, bool]] = []
-    generation = Generation("r", ["0", "1"], 1, lambda rid, abort: released.append((rid, abort)))
+    generation = Generation(["0", "1"], 1, lambda rid, abort: released.append((rid, abort)))
     generation.deliver(0, output(0, [1], 1, over=True))
     generation.close()
     generation.close()
@@ -75,7 +75,7 @@ def test_closing_aborts_what_still_runs_and_only_that() -> None:
 
 
 def test_a_lagging_reader_finds_one_output_per_choice() -> None:
-    generation = Generation("r", ["0", "1"], 1, lambda rid, abort: None)
+    generation = Generation(["0", "1"], 1, lambda rid, abort: None)
     for step in range(1, 1001):
         for index in (0, 1):
             generation.deliver(index, output(index, [step % 10], step, over=False))

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import App, AppFactory
-from tests.server.fake_engine import EOS
+from tests.server.fake_engine import EOS, Behaviour
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -58,6 +58,17 @@ def test_streamed_text_is_cumulative_and_ends_with_done(app: App) -> None:
     assert events[-1]["text"] == whole["text"]
     assert events[-1]["output_ids"] == whole["output_ids"]
     assert events[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 8}
+
+
+def test_a_stream_has_the_ids_of_tokens_that_are_not_shown(app: App) -> None:
+    app.engine.behaviour.script = [40, EOS, EOS, EOS, EOS, EOS, 41]
+    body = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 7, "ignore_eos": True}}
+    events = events_of(app.http.post("/generate", json=body))
+    text = app.services.require_tokenizer().token_text
+    assert len(events) >= 3
+    assert events[1]["text"] == text(40)
+    assert events[1]["output_ids"][:3] == [40, EOS, EOS]
+    assert events[-1]["text"] == text(40) + text(41)
 
 
 def test_a_batch_gives_a_list_with_the_parameters_of_each(app: App) -> None:
@@ -126,10 +137,45 @@ def test_an_aborted_request_ends_with_reason_abort(make_app: AppFactory) -> None
     app.wait_until_idle()
 
 
+def test_a_prompt_of_a_batch_is_aborted_by_its_name_with_all_its_choices(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.01))
+    params = {"max_new_tokens": 100, "n": 2}
+    body = {"text": ["x", "y"], "rid": ["a", "b"], "stream": True, "sampling_params": params}
+    with app.http.stream("POST", "/generate", json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        first = [next(lines)]
+        app.http.post("/abort_request", json={"rid": "a"})
+        events = [json.loads(line.removeprefix("data: ")) for line in [*first, *lines][:-1]]
+    reasons = {event["index"]: event["meta_info"]["finish_reason"] for event in events}
+    assert {index: reason["type"] for index, reason in reasons.items()} == {
+        0: "abort",
+        1: "abort",
+        2: "length",
+        3: "length",
+    }
+
+
+def test_a_name_can_be_taken_again_as_soon_as_its_request_is_over(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.03))
+    one, other = (
+        app.services.require_tokenizer().encode(text, add_special_tokens=False) for text in ("one two", "six")
+    )
+    params = {"max_new_tokens": 200, "ignore_eos": True}
+    for _ in range(3):
+        body = {"input_ids": one, "rid": "r", "sampling_params": {**params, "stop": "two"}}
+        assert app.http.post("/generate", json=body).json()["text"] == "one "
+        body = {"input_ids": other, "rid": "r", "sampling_params": {**params, "max_new_tokens": 4}}
+        answer = app.http.post("/generate", json=body).json()
+        assert answer["output_ids"] == (other * 4)[:4]
+        assert answer["meta_info"]["finish_reason"]["type"] == "length"
+
+
 def test_without_a_tokenizer_only_token_ids_are_served(make_app: AppFactory) -> None:
     app = make_app("--skip-tokenizer-init", with_tokenizer=False)
     body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
     assert app.http.post("/generate", json=body).json()["output_ids"] == [5, 6, 5]
+    events = events_of(app.http.post("/generate", json={**body, "stream": True}))
+    assert [event["output_ids"] for event in events] == [[5, 6], [5, 6, 5]]
     for path, wrong in (
         ("/generate", {"text": "x"}),
         ("/generate", {**body, "sampling_params": {"stop": "x"}}),

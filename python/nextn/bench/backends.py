@@ -61,14 +61,78 @@ def make_payload(request: BenchRequest, options: BenchOptions, model: str) -> tu
     return "/v1/completions", body | extra
 
 
+class _Meta(msgspec.Struct):
+    """``meta_info`` of a native answer, as far as it is read here."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    spec_verify_ct: int | None = None
+    finish_reason: Any = None
+
+
+class _NativeEvent(msgspec.Struct):
+    """An answer of /generate, or an event of its stream."""
+
+    text: str | None = None
+    meta_info: _Meta | None = None
+    error: Any = None
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    function: _Function | None = None
+
+
+class _Message(msgspec.Struct):
+    """A message of a chat answer, or what an event adds to it."""
+
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Message | None = None
+    message: _Message | None = None
+
+    @property
+    def whole_text(self) -> str:
+        """What the model wrote, of whatever kind."""
+        message = self.delta or self.message or _Message()
+        parts = [self.text, message.reasoning_content or message.reasoning, message.content]
+        for call in message.tool_calls or []:
+            if call.function is not None:
+                parts += [call.function.name, call.function.arguments]
+        return "".join(part for part in parts if part)
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _OpenAIEvent(msgspec.Struct):
+    """An answer of a completions endpoint, or an event of its stream."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
 def _error_message(error: Any) -> str:
     return str(error.get("message") or error) if isinstance(error, dict) else str(error)
 
 
-def _native_event(event: dict[str, Any], result: RequestResult, now: float) -> None:
-    meta = event.get("meta_info") or {}
-    text = event.get("text") or ""
-    tokens = meta.get("completion_tokens")
+def _take_native(event: _NativeEvent, result: RequestResult, now: float) -> None:
+    meta = event.meta_info or _Meta()
+    text = event.text or ""
+    tokens = meta.completion_tokens
     before = result.completion_tokens or 0
     if (tokens is not None and tokens > before) or (tokens is None and text != result.text):
         result.chunk_times.append(now)
@@ -76,46 +140,39 @@ def _native_event(event: dict[str, Any], result: RequestResult, now: float) -> N
         if tokens is not None:
             result.chunk_tokens.append(tokens - before)
     result.text = text or result.text
-    result.completion_tokens = tokens if tokens is not None else result.completion_tokens
-    result.prompt_tokens = meta.get("prompt_tokens", result.prompt_tokens)
-    result.spec_verify_ct = meta.get("spec_verify_ct", result.spec_verify_ct)
-    reason = meta.get("finish_reason")
+    result.completion_tokens = _newer(tokens, result.completion_tokens)
+    result.prompt_tokens = _newer(meta.prompt_tokens, result.prompt_tokens)
+    result.spec_verify_ct = _newer(meta.spec_verify_ct, result.spec_verify_ct)
+    reason = meta.finish_reason
     if isinstance(reason, dict) and reason.get("type") == "abort":
         result.error = f"aborted: {reason.get('message') or 'no reason given'}"
 
 
-def _delta_text(choice: dict[str, Any]) -> str:
-    if "text" in choice:
-        return choice["text"] or ""
-    message = choice.get("delta") or choice.get("message") or {}
-    parts = [message.get("reasoning_content") or message.get("reasoning"), message.get("content")]
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or {}
-        parts += [function.get("name"), function.get("arguments")]
-    return "".join(part for part in parts if part)
-
-
-def _openai_event(event: dict[str, Any], result: RequestResult, now: float) -> None:
-    text = "".join(_delta_text(choice) for choice in event.get("choices") or [])
+def _take_openai(event: _OpenAIEvent, result: RequestResult, now: float) -> None:
+    text = "".join(choice.whole_text for choice in event.choices or [])
     if text:
         result.chunk_times.append(now)
         result.chunk_texts.append(text)
-    usage = event.get("usage")
-    if usage:
-        result.prompt_tokens = usage.get("prompt_tokens", result.prompt_tokens)
-        result.completion_tokens = usage.get("completion_tokens", result.completion_tokens)
+    if event.usage is not None:
+        result.prompt_tokens = _newer(event.usage.prompt_tokens, result.prompt_tokens)
+        result.completion_tokens = _newer(event.usage.completion_tokens, result.completion_tokens)
+
+
+def _newer(new: int | None, old: int | None) -> int | None:
+    return old if new is None else new
 
 
 def _take(data: bytes, result: RequestResult, now: float, native: bool) -> None:
-    event = msgspec.json.decode(data)
-    if not isinstance(event, dict):
-        result.error = "an event is not a JSON object"
-    elif event.get("error"):
-        result.error = _error_message(event["error"])
-    elif native:
-        _native_event(event, result, now)
+    """Take in one event, or a whole answer. Raises msgspec.DecodeError or UnicodeDecodeError if it is neither."""
+    event: _NativeEvent | _OpenAIEvent
+    if native:
+        event = msgspec.json.decode(data, type=_NativeEvent)
+        _take_native(event, result, now)
     else:
-        _openai_event(event, result, now)
+        event = msgspec.json.decode(data, type=_OpenAIEvent)
+        _take_openai(event, result, now)
+    if event.error:
+        result.error = _error_message(event.error)
 
 
 async def send(
@@ -154,7 +211,7 @@ async def send(
                         _take(data, result, time.perf_counter(), native)
     except TimeoutError:
         result.error = f"stalled: no data for {options.stall_timeout:g} s"
-    except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+    except (aiohttp.ClientError, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         result.error = f"{type(error).__name__}: {error}"
     result.end = time.perf_counter()
     if not native and result.chunk_texts:
@@ -170,7 +227,7 @@ async def send(
 def _body_message(data: bytes) -> str:
     try:
         body = msgspec.json.decode(data)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         body = data.decode("utf-8", "replace")
     if isinstance(body, dict):
         body = body.get("error") or body.get("message") or body.get("detail") or body

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,23 +44,33 @@ def _read_conversations(path: str) -> list[tuple[str, str]]:
     file = Path(path)
     if not file.is_file():
         file = _download(path)
-    content = file.read_text(encoding="utf-8")
     try:
+        content = file.read_text(encoding="utf-8")
         if content.lstrip().startswith("["):
             rows = json.loads(content)
         else:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
         raise BenchError(f"{path}: not a JSON list and not JSONL: {error}") from error
     pairs = []
     for row in rows:
-        turns = row.get("conversations") or row.get("conversation") or row.get("messages") or []
-        texts = [turn.get("value") or turn.get("content") or "" for turn in turns[:2]]
+        texts = _texts_of(row)
         if len(texts) == 2 and all(texts):
             pairs.append((texts[0], texts[1]))
     if not pairs:
         raise BenchError(f"{path}: no row has conversations with two non-empty turns")
     return pairs
+
+
+def _texts_of(row: Any) -> list[str]:
+    """The texts of a conversation's first two turns; empty where there is none."""
+    fields = row if isinstance(row, dict) else {}
+    turns = fields.get("conversations") or fields.get("conversation") or fields.get("messages")
+    texts = [
+        turn.get("value") or turn.get("content") if isinstance(turn, dict) else None
+        for turn in (turns if isinstance(turns, list) else [])[:2]
+    ]
+    return [text if isinstance(text, str) else "" for text in texts]
 
 
 def _download(path: str) -> Path:

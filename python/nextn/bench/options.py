@@ -92,6 +92,8 @@ def _json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, found {type(value).__name__}")
+    if not isinstance(value.get("sampling_params", {}), dict):
+        raise argparse.ArgumentTypeError(f"sampling_params: expected a JSON object, found {value['sampling_params']!r}")
     return value
 
 
@@ -127,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     g.add_argument("--gsp-question-len", type=_positive, default=128, help="tokens of a question")
     g.add_argument("--gsp-output-len", type=_positive, default=128, help="output tokens")
     g.add_argument("--apply-chat-template", action="store_true", help="render prompts with the chat template")
-    g.add_argument("--seed", type=int, default=1, help="seed of the dataset and of the arrivals")
+    g.add_argument("--seed", type=_count, default=1, help="seed of the dataset and of the arrivals")
     g = parser.add_argument_group("load")
     g.add_argument("--request-rate", type=_positive_float, default=float("inf"), help="Poisson arrivals per second")
     g.add_argument("--max-concurrency", type=_positive, help="most requests in flight")

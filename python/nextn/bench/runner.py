@@ -79,9 +79,13 @@ async def _warm_up(
         if not any(result.success for result in results):
             raise BenchError(f"every warm-up request failed: {results[0].error}")
     if options.flush_cache:
-        async with session.post(options.url + "/flush_cache") as response:
-            if response.status != 200:
-                raise BenchError(f"--flush-cache: /flush_cache answered HTTP {response.status}")
+        try:
+            async with session.post(options.url + "/flush_cache") as response:
+                status = response.status
+        except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
+            raise BenchError(f"--flush-cache: {type(error).__name__}: {error}") from None
+        if status != 200:
+            raise BenchError(f"--flush-cache: /flush_cache answered HTTP {status}")
 
 
 async def _send_all(

@@ -258,6 +258,11 @@ class ServerArgs:
             random_seed=self.random_seed,
         )
 
+    @property
+    def max_requests_in_flight(self) -> int:
+        """Requests that can run and wait together."""
+        return self.max_running_requests + self.max_queued_requests
+
     def redacted(self) -> dict[str, Any]:
         """All values, the keys hidden; for /get_server_info."""
         hidden = {name: "***" for name in ("api_key", "admin_api_key") if getattr(self, name) is not None}

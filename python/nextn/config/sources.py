@@ -17,6 +17,9 @@ from nextn.errors import ConfigError
 
 ENV_PREFIX = "NEXTN_"
 CONFIG_FLAG = "--config"
+LARGEST = 2**63 - 1
+"""Of numbers without a bound of their own: no message between processes holds more."""
+
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -54,17 +57,16 @@ class Option:
 
     def _number(self, value: Any, place: str) -> int | float:
         wanted = "a whole number" if self.kind is int else "a number"
-        bounds = [f"at least {self.least:g}"] if self.least is not None else []
-        bounds += [f"at most {self.most:g}"] if self.most is not None else []
-        expected = " ".join([wanted, *[" and ".join(bounds)]]).strip()
+        least = -LARGEST if self.least is None else self.least
+        most = LARGEST if self.most is None else self.most
+        bounds = [f"at least {least:g}"] if self.least is not None else []
+        bounds += [f"at most {most:g}"] if self.most is not None else ["below 2^63"]
         try:
             number: int | float = self.kind(str(value))
         except ValueError:
-            raise ConfigError(f"{place}: found {value!r}, expected {expected}") from None
-        too_small = self.least is not None and number < self.least
-        too_large = self.most is not None and number > self.most
-        if too_small or too_large or not math.isfinite(number):
-            raise ConfigError(f"{place}: found {value!r}, expected {expected}")
+            number = math.nan
+        if not least <= number <= most:
+            raise ConfigError(f"{place}: found {value!r:.100}, expected {wanted} {' and '.join(bounds)}")
         return number
 
 
@@ -145,8 +147,8 @@ def _known_flags(argv: Sequence[str], options: Mapping[str, tuple[Option, Any]])
 def _from_yaml(file: str, options: Mapping[str, tuple[Option, Any]]) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{CONFIG_FLAG} {file}: cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that is none
+        raise ConfigError(f"{CONFIG_FLAG} {file}: cannot be read: {' '.join(str(error).split())}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

@@ -128,8 +128,8 @@ class Engine:
         except RequestError as error:
             return refusal(request, "invalid", str(error))
         if self.scheduler.is_full:
-            limit = self.config.max_queued_requests
-            return refusal(request, "queue_full", f"{limit} requests are queued already; try again later")
+            limit = self.config.max_running_requests + self.config.max_queued_requests
+            return refusal(request, "queue_full", f"{limit} requests run or wait already; try again later")
         self.scheduler.add(request)
         return None
 

@@ -11,21 +11,27 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+MIN_CANDIDATES = 64
+"""Candidates for eviction up to which those that are none any more are not looked for."""
+
+Key = tuple[int | str, ...]
+
 
 class CacheNode:
     """One cached page.
 
+    key: the page's tokens; on the first page of a prefix, the salt before them
     has_draft: the draft layer's entries are there too
     last_used: a logical clock value
     """
 
     __slots__ = ("alive", "children", "has_draft", "key", "last_used", "page", "parent", "ref_count")
 
-    def __init__(self, parent: CacheNode | None, key: tuple[int, ...], page: int) -> None:
+    def __init__(self, parent: CacheNode | None, key: Key, page: int) -> None:
         self.parent = parent
         self.key = key
         self.page = page
-        self.children: dict[tuple[int, ...], CacheNode] = {}
+        self.children: dict[Key, CacheNode] = {}
         self.ref_count = 0
         self.last_used = 0
         self.alive = True
@@ -37,13 +43,19 @@ class _Candidate(NamedTuple):
     order: int
     node: CacheNode
 
+    @property
+    def is_valid(self) -> bool:
+        """False once the node has been used, extended or evicted since it became a candidate."""
+        node = self.node
+        return node.alive and not node.ref_count and not node.children and node.last_used == self.last_used
+
 
 class PrefixCache:
     """The tree, its reference counts and its eviction order."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._roots: dict[str, CacheNode] = {}
+        self._root = CacheNode(None, (), -1)
         self._clock = 0
         self._order = 0
         self._candidates: list[_Candidate] = []
@@ -52,22 +64,23 @@ class PrefixCache:
 
     def match(self, tokens: Sequence[int], salt: str, max_tokens: int) -> list[CacheNode]:
         """The longest cached path for ``tokens``, at most ``max_tokens`` long. Takes no reference."""
-        node = self._roots.get(salt)
+        node: CacheNode | None = self._root
         path: list[CacheNode] = []
         size = self._page_size
         while node is not None and (len(path) + 1) * size <= max_tokens:
-            node = node.children.get(tuple(tokens[len(path) * size : (len(path) + 1) * size]))
+            key: Key = tuple(tokens[len(path) * size : (len(path) + 1) * size])
+            node = node.children.get(key if path else (salt, *key))
             if node is not None:
                 path.append(node)
         return path
 
-    def insert(self, parent: CacheNode | None, salt: str, key: tuple[int, ...], page: int) -> CacheNode:
-        """The node for ``key`` under ``parent`` (None: the salt's root); made with ``page`` unless it exists.
+    def insert(self, parent: CacheNode | None, salt: str, key: Key, page: int) -> CacheNode:
+        """The node for ``key`` under ``parent`` (None: a first page); made with ``page`` unless it exists.
 
         The caller compares ``node.page`` with ``page`` to learn whether its page was taken.
         """
         if parent is None:
-            parent = self._roots.setdefault(salt, CacheNode(None, (), -1))
+            parent, key = self._root, (salt, *key)
         node = parent.children.get(key)
         if node is None:
             node = CacheNode(parent, key, page)
@@ -98,9 +111,10 @@ class PrefixCache:
         """Remove up to ``num_pages`` unreferenced nodes and return their pages."""
         pages: list[int] = []
         while len(pages) < num_pages and self._candidates:
-            last_used, _, node = heapq.heappop(self._candidates)
-            if not node.alive or node.ref_count or node.children or node.last_used != last_used:
+            candidate = heapq.heappop(self._candidates)
+            if not candidate.is_valid:
                 continue
+            node = candidate.node
             parent = node.parent
             assert parent is not None
             del parent.children[node.key]
@@ -116,10 +130,13 @@ class PrefixCache:
         if node.parent is not None and node.ref_count == 0 and not node.children:
             self._order += 1
             heapq.heappush(self._candidates, _Candidate(node.last_used, self._order, node))
+            if len(self._candidates) > 2 * self.num_pages + MIN_CANDIDATES:
+                self._candidates = [candidate for candidate in self._candidates if candidate.is_valid]
+                heapq.heapify(self._candidates)
 
     def nodes(self) -> Iterator[CacheNode]:
         """All cached pages, parents before children; for checks."""
-        stack = list(self._roots.values())
+        stack = [self._root]
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())

@@ -110,7 +110,8 @@ class Scheduler:
 
     @property
     def is_full(self) -> bool:
-        return len(self.waiting) >= self._config.max_queued
+        """Whether as many requests run and wait as may; some that wait may be about to run."""
+        return len(self._by_rid) >= self._config.max_running + self._config.max_queued
 
     @property
     def sequences(self) -> list[Sequence]:

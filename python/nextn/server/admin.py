@@ -124,7 +124,7 @@ async def _generate_one_token(services: Services) -> None:
     rid = services.new_id("health")
     token_id = ready.eos_token_ids[0] if ready.eos_token_ids else 0
     sampling = TokenSampling(max_new_tokens=1, seed=0, temperature=0.0, ignore_eos=True)
-    generation = services.engine.submit(rid, [AddRequest(rid=rid, input_ids=[token_id], sampling=sampling)])
+    generation = services.engine.submit([AddRequest(rid=rid, input_ids=[token_id], sampling=sampling)])
     try:
         async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT):
             while not generation.is_over:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -52,7 +54,9 @@ async def _answer_request_error(request: Request, error: Exception) -> Response:
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path:.200} is not served here."
+    allowed = (error.headers or {}).get("Allow")
+    hint = f"; use {allowed}" if allowed else ""
+    message = f"{request.method} {request.url.path:.200} is not served here{hint}."
     code = _HTTP_CODES.get(error.status_code, "http_error")
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
@@ -62,7 +66,10 @@ async def _answer_validation_error(request: Request, error: Exception) -> Respon
 
 
 class _LastResort:
-    """Outermost middleware: an exception that nobody foresaw becomes a 500 in the contract's form, and a log line."""
+    """Outermost middleware: an exception that nobody foresaw becomes a 500 in the contract's form, and a log line.
+
+    A client that has left is none: what uvloop says to a write before uvicorn knows becomes ClientDisconnect.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -73,10 +80,17 @@ class _LastResort:
         async def watched_send(message: Message) -> None:
             nonlocal begun
             begun = True
-            await send(message)
+            try:
+                await send(message)
+            except RuntimeError as error:
+                if "the handler is closed" not in str(error):
+                    raise
+                raise ClientDisconnect from error
 
         try:
             await self._app(scope, receive, watched_send)
+        except ClientDisconnect:
+            await asyncio.sleep(0)  # uvicorn learns of it now, and expects no answer
         except Exception as error:
             failure = as_api_error(error)
             if not begun:

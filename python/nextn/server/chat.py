@@ -30,17 +30,18 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/v1/chat/completions", **documented(ChatRequest, 404, 429))
     async def post_chat(request: Request) -> Response:
-        asked = decode(await read_body(request, services.args.max_body_bytes), _DECODER)
+        body = await read_body(request, services.args.max_body_bytes)
+        asked = decode(body, _DECODER)
         services.check_model(asked.model)
         check_supported(asked)
         services.engine.require_ready()
         tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
-        plan = await plan_chat(services, asked, tools)
+        plan = await plan_chat(services, asked, tools, len(body))
         prompt = plan.prompts[0].text or ""
         writers = [ChatWriter(services, asked, tools, prompt) for _ in range(plan.n)]
         if asked.stream:
-            return EventStream(_stream(services, asked, plan, writers), services.metrics.count_disconnect)
-        return JsonReply(_collect(services, plan, writers), services.metrics.count_disconnect)
+            return EventStream(_stream(services, asked, plan, writers), services.metrics.count_abort)
+        return JsonReply(_collect(services, plan, writers), services.metrics.count_abort)
 
     return routes
 

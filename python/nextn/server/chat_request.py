@@ -37,9 +37,13 @@ def check_supported(asked: ChatRequest) -> None:
     validate_tools(asked.tools or ())
 
 
-async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Plan:
-    """Render the messages and check every limit. ``tools`` are those that the model is told of."""
-    prompt = await _render(services, asked, tools)
+async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int) -> Plan:
+    """Render the messages and check every limit.
+
+    tools: those that the model is told of
+    size: bytes of the request, which tell how long rendering may take
+    """
+    prompt = await _render(services, asked, tools, size)
     rid = asked.rid or services.new_id("chatcmpl")
     wish = Wish(
         fields=asked,
@@ -62,14 +66,13 @@ async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str
     return make_plan(services, [prompt], [wish], options)
 
 
-async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Prompt:
+async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int) -> Prompt:
     if not asked.messages:
         raise invalid("'messages' is empty; give at least one.", "messages", "invalid_value")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(asked.messages)]
     tokenizer = services.require_tokenizer()
     options = asked.chat_template_kwargs
     enable_thinking = None if options is None else options.enable_thinking
-    size = sum(len(str(message.get("content") or "")) for message in messages)
 
     def render() -> Prompt:
         text = tokenizer.apply_chat_template(messages, tools, enable_thinking=enable_thinking)

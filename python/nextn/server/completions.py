@@ -43,8 +43,8 @@ def router(services: Services) -> APIRouter:
         services.require_tokenizer()
         plan = await _plan(services, asked)
         if asked.stream:
-            return EventStream(_stream(services, asked, plan), services.metrics.count_disconnect)
-        return JsonReply(_collect(services, asked, plan), services.metrics.count_disconnect)
+            return EventStream(_stream(services, asked, plan), services.metrics.count_abort)
+        return JsonReply(_collect(services, asked, plan), services.metrics.count_abort)
 
     return routes
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -51,12 +52,13 @@ class EngineState(Enum):
 
 
 class _Running:
-    """One engine request: where its outputs go, and the times its metrics need."""
+    """One engine request: where its outputs go, what its HTTP request is called, and the times its metrics need."""
 
-    __slots__ = ("arrived_at", "generation", "index", "last_output_at", "num_tokens")
+    __slots__ = ("arrived_at", "generation", "index", "last_output_at", "names", "num_tokens")
 
-    def __init__(self, generation: Generation, index: int, now: float) -> None:
+    def __init__(self, generation: Generation, names: Sequence[str], index: int, now: float) -> None:
         self.generation = generation
+        self.names = names
         self.index = index
         self.arrived_at = now
         self.last_output_at: float | None = None
@@ -77,7 +79,8 @@ class EngineClient:
         self._metrics = metrics
         self._max_in_flight = max_in_flight
         self._running: dict[str, _Running] = {}
-        self._groups: dict[str, Generation] = {}
+        self._leaving: Counter[str] = Counter()  # names of aborted requests whose last output has not come yet
+        self._groups: dict[str, Sequence[str]] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._num_calls = 0
         self._outgoing: asyncio.Queue[ToEngine] = asyncio.Queue()
@@ -130,34 +133,37 @@ class EngineClient:
         assert self.ready is not None
         return self.ready
 
-    def submit(self, rid: str, requests: Sequence[AddRequest], min_tokens: int = 1) -> Generation:
-        """Start the engine requests of one HTTP request; ``rid`` is its own name for an abort.
+    def submit(
+        self, requests: Sequence[AddRequest], groups: Mapping[str, Sequence[str]] | None = None, min_tokens: int = 1
+    ) -> Generation:
+        """Start the engine requests of one HTTP request.
 
+        groups: names that an abort may use, and the requests that each stands for
         min_tokens: see ``Generation``
         Raises ApiError: 503 if the engine takes no requests, 429 if it has too many, 400 if a name is in use.
         """
         self.require_ready()
         if len(self._running) + len(requests) > self._max_in_flight:
             raise queue_full(f"{len(self._running)} requests run or wait already; try again later.")
-        for name in (rid, *(request.rid for request in requests)):
+        rids, groups = [request.rid for request in requests], groups or {}
+        for name in (*groups, *rids):
             if name in self._groups or name in self._running:
                 raise invalid(f"'rid' {name!r:.200} is in use by a request that still runs.", "rid")
         now = time.monotonic()
-        generation = Generation(rid, [request.rid for request in requests], min_tokens, self._release)
-        self._groups[rid] = generation
+        generation = Generation(rids, min_tokens, self._release)
+        self._groups.update(groups)
         for index, request in enumerate(requests):
-            self._running[request.rid] = _Running(generation, index, now)
+            self._running[request.rid] = _Running(generation, tuple(groups), index, now)
             self._outgoing.put_nowait(request)
-        logger.debug("request submitted rid=%s choices=%d", rid, len(requests))
+        logger.debug("request submitted rid=%s choices=%d", rids[0], len(requests))
         return generation
 
     def abort(self, rid: str | None) -> None:
-        """End the HTTP request or the single choice of that name, or all (None), with finish_reason "abort"."""
+        """End the HTTP request, prompt or single choice of that name, or all (None), with finish_reason "abort"."""
         if rid is None:
             self._outgoing.put_nowait(Abort(None))
             return
-        group = self._groups.get(rid)
-        for name in group.rids if group else (rid,):
+        for name in self._groups.get(rid, (rid,)):
             self._outgoing.put_nowait(Abort(name))
 
     async def flush_cache(self) -> dict[str, Any]:
@@ -216,10 +222,13 @@ class EngineClient:
         running = self._running.pop(rid, None)
         if running is None:
             return
+        self._metrics.observe_end(time.monotonic() - running.arrived_at)
         if abort and self.state is not EngineState.DEAD:
             self._outgoing.put_nowait(Abort(rid))
+            self._leaving[rid] += 1
         if running.generation.has_ended:
-            del self._groups[running.generation.rid]
+            for name in running.names:
+                del self._groups[name]
 
     async def _send_forever(self) -> None:
         while True:
@@ -257,6 +266,12 @@ class EngineClient:
                     future.set_result(message.result)
 
     def _deliver(self, output: RequestOutput) -> None:
+        if output.rid in self._leaving:  # not of the request that has the name now: the engine keeps the order
+            if output.finish_reason is not None:
+                self._leaving[output.rid] -= 1
+                if not self._leaving[output.rid]:
+                    del self._leaving[output.rid]
+            return
         running = self._running.get(output.rid)
         if running is None:
             return
@@ -269,6 +284,6 @@ class EngineClient:
                 self._metrics.observe_next_tokens(now - running.last_output_at, num_new)
             running.last_output_at = now
             running.num_tokens += num_new
-        if output.finish_reason is not None:
-            self._metrics.observe_end(now - running.arrived_at, output.finish_reason)
+        if output.finish_reason == "abort":
+            self._metrics.count_abort()
         running.generation.deliver(running.index, output)

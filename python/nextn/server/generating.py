@@ -94,7 +94,7 @@ class Piece:
 
     @property
     def is_empty(self) -> bool:
-        """True if it says nothing: text that waits for its next token."""
+        """True if it has nothing to read: hidden tokens, or text that waits for its next token."""
         return not self.text and not self.logprobs and not self.prompt_logprobs and self.choice.finish_reason is None
 
 
@@ -109,7 +109,7 @@ async def generate(services: Services, plan: Plan) -> AsyncGenerator[list[Piece]
         Choice(index=i, rid=request.rid, prompt=plan.prompts[i // plan.n], assembler=plan.make_assembler(i // plan.n))
         for i, request in enumerate(requests)
     ]
-    generation = services.engine.submit(plan.rid, requests, plan.min_tokens_per_piece)
+    generation = services.engine.submit(requests, _groups(plan, requests), plan.min_tokens_per_piece)
     try:
         while not generation.is_over:
             pieces = []
@@ -156,6 +156,13 @@ def _grow(choice: Choice, output: RequestOutput, plan: Plan) -> Piece:
         spec_steps=first_steps(output.spec_steps, len(token_ids)),
         is_first=is_first,
     )
+
+
+def _groups(plan: Plan, requests: Sequence[AddRequest]) -> dict[str, list[str]]:
+    """What the client may call the choices of a prompt, and all of them, to abort them together."""
+    names = [request.rid for request in requests]
+    of_prompts = {rid: names[i * plan.n : (i + 1) * plan.n] for i, rid in enumerate(plan.rids)}
+    return {**of_prompts, plan.rid: names}
 
 
 def _engine_requests(plan: Plan) -> list[AddRequest]:

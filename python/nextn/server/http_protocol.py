@@ -10,7 +10,7 @@ MAX_HEADER_BYTES = 64 * 1024
 
 
 class CappedHttpProtocol(HttpToolsProtocol):
-    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers."""
+    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers."""
 
     _num_header_bytes = 0
     _in_headers = True
@@ -27,6 +27,15 @@ class CappedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """A chunk begins: its bytes follow, or trailers after the last, empty one."""
+        self._in_headers = True
+
+    def on_body(self, body: bytes) -> None:
+        self._in_headers = False
+        self._num_header_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_headers = True

@@ -16,15 +16,13 @@ class Generation:
     Outputs of one choice are merged while nobody reads them, so that a slow client costs one pending output per choice
     and never a queue. Each choice yields exactly one output with a ``finish_reason``, and it is that choice's last.
 
-    rid: the name of the whole
     rids: the engine's name of each choice, in order
     min_tokens: wake the reader only when a choice has that many new tokens, has its first, or has ended
     release: called once per choice, when it is over: (rid, abort) with abort true if the engine must still stop it
     """
 
-    def __init__(self, rid: str, rids: Sequence[str], min_tokens: int, release: Callable[[str, bool], None]) -> None:
-        self.rid = rid
-        self.rids = tuple(rids)
+    def __init__(self, rids: Sequence[str], min_tokens: int, release: Callable[[str, bool], None]) -> None:
+        self._rids = tuple(rids)
         self._min_tokens = min_tokens
         self._release = release
         self._open = dict.fromkeys(range(len(rids)))
@@ -85,7 +83,7 @@ class Generation:
 
     def _end(self, index: int, abort: bool) -> None:
         del self._open[index]
-        self._release(self.rids[index], abort)
+        self._release(self._rids[index], abort)
 
 
 def merge(old: RequestOutput | None, new: RequestOutput) -> RequestOutput:

@@ -62,12 +62,10 @@ class Metrics:
         for _ in range(num_tokens):
             self._itl.observe(elapsed / num_tokens)
 
-    def observe_end(self, latency: float, finish_reason: str) -> None:
+    def observe_end(self, latency: float) -> None:
         self._e2e.observe(latency)
-        if finish_reason == "abort":
-            self._aborted.inc()
 
-    def count_disconnect(self) -> None:
+    def count_abort(self) -> None:
         self._aborted.inc()
 
     def render(self, stats: EngineStats, health: DraftHealth | None = None) -> bytes:

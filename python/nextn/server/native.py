@@ -43,8 +43,8 @@ def router(services: Services) -> APIRouter:
         services.engine.require_ready()
         plan, is_single = await _plan(services, asked)
         if asked.stream:
-            return EventStream(_stream(services, asked, plan, is_single), services.metrics.count_disconnect)
-        return JsonReply(_collect(services, asked, plan, is_single), services.metrics.count_disconnect)
+            return EventStream(_stream(services, asked, plan, is_single), services.metrics.count_abort)
+        return JsonReply(_collect(services, asked, plan, is_single), services.metrics.count_abort)
 
     @routes.post("/tokenize", **documented(TokenizeRequest, 404))
     async def tokenize(request: Request) -> Response:
@@ -54,9 +54,7 @@ def router(services: Services) -> APIRouter:
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         add_special = asked.add_special_tokens is not False
         tokenizer = services.require_tokenizer()
-        found = await maybe_in_thread(
-            sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=add_special) for text in texts]
-        )
+        found = await maybe_in_thread(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts, add_special))
         single = isinstance(asked.prompt, str)
         answer = {
             "tokens": found[0] if single else found,
@@ -74,7 +72,7 @@ def router(services: Services) -> APIRouter:
         for ids in batch:
             check_token_ids(ids, services.engine.require_ready().vocab_size, "tokens")
         skip = asked.skip_special_tokens is not False
-        texts = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in batch]
+        texts = await maybe_in_thread(sum(map(len, batch)), lambda: tokenizer.decode_batch(batch, skip))
         answer = {"text": texts[0] if is_single else texts}
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
@@ -166,14 +164,16 @@ class _Answer:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._spec_steps: list[SpecStep] = []
 
-    def add(self, piece: Piece) -> dict[str, Any]:
-        """Take in a piece; returns the whole answer so far."""
+    def add(self, piece: Piece) -> None:
         self._text += piece.text
         self._token_ids += piece.token_ids
         self._logprobs += piece.logprobs
         self._prompt_logprobs += piece.prompt_logprobs
         self._spec_steps += piece.spec_steps
-        return {"text": self._text, "output_ids": self._token_ids, "meta_info": self._meta_info(piece.choice)}
+
+    def so_far(self, choice: Choice) -> dict[str, Any]:
+        """The whole answer, of the pieces that were added; ``choice`` has its totals."""
+        return {"text": self._text, "output_ids": self._token_ids, "meta_info": self._meta_info(choice)}
 
     def _meta_info(self, choice: Choice) -> dict[str, Any]:
         meta: dict[str, Any] = {
@@ -223,22 +223,21 @@ async def _stream(
         async for pieces in steps:
             events = []
             for piece in pieces:
-                answer = answers[piece.choice.index].add(piece)
-                if piece.is_empty:
-                    continue
-                events.append(
-                    sse(msgspec.json.encode(answer if is_single else {**answer, "index": piece.choice.index}))
-                )
+                index = piece.choice.index
+                answers[index].add(piece)
+                answer = answers[index].so_far(piece.choice)
+                events.append(sse(msgspec.json.encode(answer if is_single else {**answer, "index": index})))
             if events:
                 yield b"".join(events)
 
 
 async def _collect(services: Services, asked: GenerateRequest, plan: Plan, is_single: bool) -> bytes:
     answers = _answers(services, asked, plan)
-    latest: dict[int, dict[str, Any]] = {}
+    choices: dict[int, Choice] = {}
     async with aclosing(generate(services, plan)) as steps:
         async for pieces in steps:
             for piece in pieces:
-                latest[piece.choice.index] = answers[piece.choice.index].add(piece)
-    ordered = [latest[index] for index in range(len(answers))]
+                answers[piece.choice.index].add(piece)
+                choices[piece.choice.index] = piece.choice
+    ordered = [answer.so_far(choices[index]) for index, answer in enumerate(answers)]
     return msgspec.json.encode(ordered[0] if is_single else ordered)

@@ -13,9 +13,6 @@ from nextn.server.sampling import context_limit, fit_output, stop_strings, token
 from nextn.server.services import Services
 from nextn.text.output import OutputAssembler
 
-MAX_CHOICES_IN_ALL = 4096
-"""Prompts times n of one HTTP request."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
@@ -62,8 +59,10 @@ def make_plan(services: Services, prompts: Sequence[Prompt], wishes: Sequence[Wi
     most = services.args.max_choices
     if options.n > most:
         raise invalid(f"'n' is {options.n}; at most {most} choices are served.", "n", "invalid_value")
-    if options.n * len(prompts) > MAX_CHOICES_IN_ALL:
-        raise invalid(f"{len(prompts)} prompts with n={options.n} are too many at once.", "n", "invalid_value")
+    num_choices, most = options.n * len(prompts), services.args.max_requests_in_flight
+    if num_choices > most:
+        message = f"{len(prompts)} prompts with n={options.n} are {num_choices} requests; at most {most} run and wait."
+        raise invalid(f"{message} Send fewer at once.", wishes[0].prompt_param, "invalid_value")
     samplings = [_sampling(services, prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
     discards = {wish.max_tokens == 0 for wish in wishes}
     if len(discards) > 1:

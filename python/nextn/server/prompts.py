@@ -14,41 +14,41 @@ from nextn.server.services import Services
 T = TypeVar("T")
 
 LONG_TEXT = 8192
-"""Characters from which tokenizing goes to a thread: below, the hand-over costs more than the work."""
+"""Characters (or tokens) from which tokenizing goes to a thread: below, the hand-over costs more than the work."""
 
 MAX_BATCH = 1024
 """Prompts in one request."""
 
 
 async def maybe_in_thread(size: int, work: Callable[[], T]) -> T:
-    """Run ``work`` here if the text is short, else in a thread."""
+    """Run ``work`` here if there is little of it, else in a thread."""
     return work() if size < LONG_TEXT else await asyncio.to_thread(work)
 
 
 async def read_prompts(services: Services, given: str | Sequence[str | int | list[int]], param: str) -> list[Prompt]:
     """A text, token ids, or a list of either, as prompts; every id and count is checked."""
     if isinstance(given, str):
-        return [await _from_text(services, given)]
+        return await _from_texts(services, [given])
     if not given:
         raise invalid(f"'{param}' is empty; give at least one prompt or token.", param, "invalid_value")
     if all(isinstance(item, int) for item in given):
         return [_from_ids(services, [item for item in given if isinstance(item, int)], param)]
     check_count(given, MAX_BATCH, param)
+    of_texts = iter(await _from_texts(services, [item for item in given if isinstance(item, str)]))
     prompts = []
     for index, item in enumerate(given):
         if isinstance(item, int):
             raise invalid(f"'{param}' mixes token ids with other prompts.", f"{param}[{index}]", "invalid_value")
-        if isinstance(item, str):
-            prompts.append(await _from_text(services, item))
-        else:
-            prompts.append(_from_ids(services, item, f"{param}[{index}]"))
+        prompts.append(next(of_texts) if isinstance(item, str) else _from_ids(services, item, f"{param}[{index}]"))
     return prompts
 
 
-async def _from_text(services: Services, text: str) -> Prompt:
+async def _from_texts(services: Services, texts: list[str]) -> list[Prompt]:
+    if not texts:
+        return []
     tokenizer = services.require_tokenizer()
-    token_ids = await maybe_in_thread(len(text), lambda: tokenizer.encode(text))
-    return Prompt(token_ids=token_ids, text=text)
+    found = await maybe_in_thread(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts))
+    return [Prompt(token_ids=ids, text=text) for ids, text in zip(found, texts, strict=True)]
 
 
 def _from_ids(services: Services, token_ids: list[int], param: str) -> Prompt:

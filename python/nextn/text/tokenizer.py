@@ -81,10 +81,19 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognised."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """``encode`` for many. Other threads run meanwhile: the library's call for one text would stop them."""
+        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in found]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """``decode`` for many. Other threads run meanwhile."""
+        return list(self.backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=skip_special_tokens))
 
     def is_shown(self, token_id: int, skip_special_tokens: bool) -> bool:
         """False if decoding leaves the token out: a special one, or an id that the tokenizer does not know."""
