@@ -154,6 +154,8 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"partial_rotary_factor": 0.005}, "expected an even number from 2"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers: found 2, expected 0 or 1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, expected at most"),
+        ({"head_dim": 10**400}, "head_dim: found 1000.*, expected at most"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings: found 1000000000000, expected at most"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
         ({"torch_dtype": "int8"}, "dtype: found 'int8'"),

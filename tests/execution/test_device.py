@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import ConfigError
+from nextn.execution import shard
 from nextn.execution.device import choose_device, computing_dtype, kv_dtype
 from nextn.execution.engine import Engine
 
 from tests.conftest import request, run_all
+from tests.headers import published_config
 
 CUDA = torch.device("cuda")
 
@@ -48,3 +54,39 @@ def test_fp8_keys_and_values_serve_on_a_cpu_too(tiny_checkpoint: Path) -> None:
     plain = Engine(EngineConfig(model_path=str(tiny_checkpoint), max_running_requests=4))
     found, expected = (run_all(one, [request("a", [3, 4, 5, 6], 16)])["a"] for one in (engine, plain))
     assert found[:3] == expected[:3]
+
+
+@pytest.mark.parametrize(
+    ("part", "advice"),
+    [
+        ("load_model", "--tp-size"),
+        ("_measured_plan", "--chunked-prefill-size"),
+        ("_decode_runner", "--cuda-graph-max-bs"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_one_line_with_what_to_change(
+    tiny_checkpoint: Path, part: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(shard, part, fail)
+    monkeypatch.setattr(shard, "_compile_ahead", lambda *arguments: None)
+    if part == "_measured_plan":  # which only a GPU has
+        monkeypatch.setattr(shard, "choose_device", lambda *arguments: torch.device("cuda"))
+        monkeypatch.setattr(shard, "load_model", lambda config, device, **options: load_on_cpu(config, **options))
+    with pytest.raises(ConfigError, match=f"not enough; .*{advice}.*: CUDA out of memory. Tried to allocate 2.00 GiB"):
+        Engine(EngineConfig(model_path=str(tiny_checkpoint), page_size=16, decode_on_device=True))
+
+
+def load_on_cpu(config: EngineConfig, **options: Any) -> LoadedModel:
+    return load_model(config, device=torch.device("cpu"), **options)
+
+
+def test_a_machine_that_is_too_small_says_so_before_it_is_full(tmp_path: Path) -> None:
+    """GLM-4.6's 357 billion parameters in float32."""
+    (tmp_path / "config.json").write_text(json.dumps(published_config("glm-4.6", "channel")))
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"--device cpu: the weights take 13\d\d\.\d GiB in float32"):
+        Engine(EngineConfig(model_path=str(tmp_path), load_format="dummy", device="cpu"))
+    assert time.monotonic() - started < 30

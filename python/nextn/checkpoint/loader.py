@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,12 +15,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from nextn.checkpoint.dummy import fill_dummy
 from nextn.checkpoint.index import CheckpointIndex, TensorReader
 from nextn.checkpoint.layout import SCALES, ExpectedTensor, Layout
-from nextn.checkpoint.plan import DraftPlan, check_values, make_plan
+from nextn.checkpoint.plan import DraftPlan, LoadPlan, check_values, make_plan
 from nextn.checkpoint.report import LoadReport
 from nextn.checkpoint.values import check_scale
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
+from nextn.errors import ConfigError
 from nextn.kernels.fp8_dequantize import dequantize
 from nextn.layers.prepare import prepare_weights
 from nextn.layers.storage import WHOLE, Part
@@ -59,6 +62,8 @@ def load_model(
     for warning in plan.warnings:
         logger.warning("%s", warning)
     check_values(plan)
+    if device.type == "cpu":
+        _check_memory(plan, dtype, tp)
     with device:
         target = Glm4MoeForCausalLM(plan.source.config, plan.quantization, dtype=dtype, tp=tp)
         draft = _build_draft(plan.draft, target, dtype, tp) if plan.draft is not None else None
@@ -69,6 +74,23 @@ def load_model(
         if model is not None:
             prepare_weights(model, batch_invariant=engine_config.batch_invariant)
     return LoadedModel(plan.source.config, target, draft, plan.report)
+
+
+def _check_memory(plan: LoadPlan, dtype: torch.dtype, tp: TensorParallel) -> None:
+    """Raises ConfigError if the machine's memory could not hold the weights in the computing type.
+
+    Without this a process that fills the memory would be killed, and could not say why.
+    """
+    layouts = [plan.layout, *([plan.draft.layout] if plan.draft is not None else [])]
+    num_values = sum(math.prod(tensor.shape) for layout in layouts for tensor in layout.tensors())
+    needed = num_values * dtype.itemsize * tp.ranks_per_node // tp.size
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > most:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"--device cpu: the weights take {needed / 2**30:.1f} GiB in {name}, and this machine has "
+            f"{most / 2**30:.1f} GiB of memory; use GPUs, a machine with more memory, or more of them with --nnodes"
+        )
 
 
 def _build_draft(

@@ -13,8 +13,8 @@ from nextn.errors import ConfigError
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 MODEL_TYPE = "glm4_moe"
-MOST = {"num_hidden_layers": 4096, "n_routed_experts": 65536}
-"""Bounds that no model comes near, so that a broken config.json cannot ask for endless lists."""
+MOST = {"num_hidden_layers": 4096, "n_routed_experts": 65536, "head_dim": 65536, "max_position_embeddings": 2**24}
+"""Bounds that no model comes near, so that a broken config.json cannot ask for endless lists and tables."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,15 @@ def num_pages_for(
 def free_for_kv_on_cpu() -> int:
     """Bytes of physical memory that the KV pool may take: a share of what is free or can be freed at once."""
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_KV_FRACTION)
+
+
+@contextmanager
+def out_of_memory_means(advice: str) -> Iterator[None]:
+    """Where a GPU's memory is not enough, raises ConfigError with what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"--device cuda: the GPU's memory is not enough; {advice}: {error}") from error
 
 
 def make_kv_cache(

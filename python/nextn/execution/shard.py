@@ -16,7 +16,14 @@ from nextn.errors import ConfigError
 from nextn.execution.compiling import META, compile_kernels, prompts_of_every_kind, without_memory
 from nextn.execution.decode_runner import DecodeRunner, padded_sizes
 from nextn.execution.device import choose_device, computing_dtype, kv_dtype
-from nextn.execution.memory import MemoryPlan, free_for_kv_on_cpu, kv_bytes_per_token, make_kv_cache, num_pages_for
+from nextn.execution.memory import (
+    MemoryPlan,
+    free_for_kv_on_cpu,
+    kv_bytes_per_token,
+    make_kv_cache,
+    num_pages_for,
+    out_of_memory_means,
+)
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 from nextn.protocol.ranks import DecodeBatch
@@ -84,7 +91,8 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
     if device.type == "cuda" and config.page_size & (config.page_size - 1):
         raise ConfigError(f"--page-size: found {config.page_size}, expected a power of two on a GPU")
     dtype = computing_dtype(config, device)
-    loaded = load_model(config, device=device, dtype=dtype, want_draft=config.wants_draft, tp=tp)
+    with out_of_memory_means("for the weights raise --tp-size, or end what else uses it"):
+        loaded = load_model(config, device=device, dtype=dtype, want_draft=config.wants_draft, tp=tp)
     model_config, has_draft = loaded.model_config, loaded.draft is not None
     context = config.context_length or model_config.max_position_embeddings
     stored = kv_dtype(config, dtype)
@@ -109,7 +117,8 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
         if tp.local_rank == 0:
             _compile_ahead(config, loaded, kv_cache_of, chunk, context, max_drafts, tp)
         tp.wait()  # the others find on disk what is compiled
-        plan = _measured_plan(config, loaded, chunk, max_drafts, kv_cache_of, device, tp)
+        with out_of_memory_means("lower --chunked-prefill-size or --max-running-requests, or raise --tp-size"):
+            plan = _measured_plan(config, loaded, chunk, max_drafts, kv_cache_of, device, tp)
         plan.check(bytes_per_token, 2 * config.page_size)
         logger.info("%s", plan.as_table())
         free = plan.kv
@@ -122,14 +131,16 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
             free_bytes=free,
         )
     )
-    kv_cache, context = kv_cache_of(num_pages), min(context, num_pages * config.page_size)
-    proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
-    cycle = SpeculativeCycle(loaded.target, proposer, kv_cache, page_size=config.page_size, tp=tp)
+    context = min(context, num_pages * config.page_size)
     runner: DecodeRunner | None = None
-    if device.type == "cuda" or config.decode_on_device:
-        runner = _decode_runner(config, loaded, proposer, kv_cache, context, max_drafts, tp)
-        if config.enable_cuda_graph and device.type == "cuda":
-            runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts), show=tp.is_first)
+    with out_of_memory_means("lower --mem-fraction-static or --cuda-graph-max-bs"):
+        kv_cache = kv_cache_of(num_pages)
+        proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
+        cycle = SpeculativeCycle(loaded.target, proposer, kv_cache, page_size=config.page_size, tp=tp)
+        if device.type == "cuda" or config.decode_on_device:
+            runner = _decode_runner(config, loaded, proposer, kv_cache, context, max_drafts, tp)
+            if config.enable_cuda_graph and device.type == "cuda":
+                runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts), show=tp.is_first)
     return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, chunk, max_drafts, cycle, runner)
 
 
