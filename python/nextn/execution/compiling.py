@@ -98,17 +98,24 @@ def compile_kernels(
 
 
 def prompts_of_every_kind(max_prefill_tokens: int, max_seqs: int) -> Iterator[list[Span]]:
-    """Steps with prompts, so many that products of every configuration are among them.
+    """Steps with prompts: new tokens alone, behind a prefix, and beside as many decoding sequences as there can be.
 
-    Each number of new tokens alone, behind a prefix, and beside as many decoding sequences as there can be.
+    Products are cut up by how many tokens a step has in all, attention by its longest sequence and by how many it has.
     """
-    num_tokens = 1
-    while num_tokens <= max_prefill_tokens:
+    for num_tokens in _series(max_prefill_tokens + max_seqs, NEXT_LENGTH):
         yield [(0, num_tokens)]
         yield [(max_prefill_tokens, num_tokens)]
+    for num_tokens in _series(max_prefill_tokens, 2.0):
         yield [(0, num_tokens), *[(max_prefill_tokens, 1)] * (max_seqs - 1)]
-        num_tokens = max(num_tokens + 1, int(num_tokens * NEXT_LENGTH))
-    yield [(0, max_prefill_tokens)]
+
+
+def _series(most: int, ratio: float) -> Iterator[int]:
+    """From 1 to ``most``, each at most ``ratio`` times the one before it."""
+    n = 1
+    while n < most:
+        yield n
+        n = max(n + 1, int(n * ratio))
+    yield most
 
 
 def _compute_prompts(models: LoadedModel, kv_cache: KVCache, spans: list[Span]) -> None:
