@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -66,10 +64,7 @@ async def _answer_validation_error(request: Request, error: Exception) -> Respon
 
 
 class _LastResort:
-    """Outermost middleware: an exception that nobody foresaw becomes a 500 in the contract's form, and a log line.
-
-    A client that has left is none: what uvloop says to a write before uvicorn knows becomes ClientDisconnect.
-    """
+    """Outermost middleware: an exception that nobody foresaw becomes a 500 in the contract's form, and a log line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -80,17 +75,12 @@ class _LastResort:
         async def watched_send(message: Message) -> None:
             nonlocal begun
             begun = True
-            try:
-                await send(message)
-            except RuntimeError as error:
-                if "the handler is closed" not in str(error):
-                    raise
-                raise ClientDisconnect from error
+            await send(message)
 
         try:
             await self._app(scope, receive, watched_send)
-        except ClientDisconnect:
-            await asyncio.sleep(0)  # uvicorn learns of it now, and expects no answer
+        except ClientDisconnect:  # before its body was here: there is nobody to answer
+            pass
         except Exception as error:
             failure = as_api_error(error)
             if not begun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from nextn.server.errors import ApiError, invalid
 
@@ -10,10 +10,14 @@ MAX_HEADER_BYTES = 64 * 1024
 
 
 class CappedHttpProtocol(HttpToolsProtocol):
-    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers."""
+    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers.
+
+    Every request of a connection learns of its loss; uvicorn tells only the last of those that were pipelined.
+    """
 
     _num_header_bytes = 0
     _in_headers = True
+    _unanswered: tuple[RequestResponseCycle, ...] = ()
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
@@ -27,6 +31,15 @@ class CappedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()
+        unanswered = (cycle for cycle in self._unanswered if not cycle.response_complete)
+        self._unanswered = (*unanswered, self.cycle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for cycle in self._unanswered:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def on_chunk_header(self) -> None:
         """A chunk begins: its bytes follow, or trailers after the last, empty one."""

@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -76,8 +75,6 @@ class EventStream(Response):
                     begun = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             last = SSE_DONE
-        except ClientDisconnect:
-            raise
         except Exception as error:
             failure = as_api_error(error)
             if not begun:
@@ -108,8 +105,6 @@ async def _run_while_connected(receive: Receive, work: Coroutine[Any, Any, None]
         if working.done():
             working.result()
             return True
-        return False
-    except ClientDisconnect:
         return False
     finally:
         working.cancel()
