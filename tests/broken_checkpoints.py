@@ -123,6 +123,19 @@ def _bytes(change: Callable[[bytes], bytes]) -> Broken:
     return _files(spoil, r"mtp\.safetensors: (is not a safetensors file|has \d+ bytes)")
 
 
+def _number_in_metadata(whole: bytes) -> bytes:
+    """The library that reads the tensors takes no such file."""
+    length = int.from_bytes(whole[:8], "little")
+    text = '{"__metadata__": {"total_size": 1}, ' + whole[9 : 8 + length].decode()
+    return len(text).to_bytes(8, "little") + text.encode() + whole[8 + length :]
+
+
+def _in_utf_16(whole: bytes) -> bytes:
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length].decode().encode("utf-16")
+    return len(header).to_bytes(8, "little") + header + whole[8 + length :]
+
+
 def _repeat_a_name(whole: bytes) -> bytes:
     """A header in which one name stands twice; a plain JSON reader keeps the last."""
     length = int.from_bytes(whole[:8], "little")
@@ -394,6 +407,9 @@ BROKEN: dict[str, Broken] = {
     "too long": _bytes(lambda whole: whole + b"more"),
     "no JSON": _bytes(lambda whole: whole[:8] + b"!" + whole[9:]),
     "shape and bytes disagree": _bytes(lambda whole: whole.replace(b'"shape":[48]', b'"shape":[49]', 1)),
+    "metadata that is no text": _bytes(_number_in_metadata),
+    "half a surrogate pair in a name": _bytes(lambda whole: whole.replace(b'"model.lay', b'"\\ud800l.lay', 1)),
+    "a header in UTF-16": _bytes(_in_utf_16),
     "huge header": _bytes(lambda whole: b"\xff" * 8 + whole[8:]),
     "one name twice in a file": _files(_twice, rf"{LAST}\.enorm\.weight: is twice in .*mtp\.safetensors"),
     "one name in two files": _files(
