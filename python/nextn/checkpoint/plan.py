@@ -12,7 +12,7 @@ from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.layout import Layout, nextn_layout, target_layout
 from nextn.checkpoint.report import LoadReport, report_draft, report_target
 from nextn.checkpoint.source import Source
-from nextn.checkpoint.values import check_biases, check_norms, check_tied_head, check_weights
+from nextn.checkpoint.values import check_alike, check_biases, check_norms, check_tied_head, check_weights
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.errors import CheckpointError, ConfigError, QuantizationError
@@ -105,6 +105,9 @@ def check_values(plan: LoadPlan) -> None:
         check_tied_head(source.index, HEAD, EMBEDDING)
     if draft is not None and draft.source.index is not None:
         _check_values(draft.source.index, draft.layout, all_shards=True)
+        for name, is_own in ((EMBEDDING, draft.has_own_embedding), (HEAD, draft.has_own_head)):
+            if not is_own and draft.source is not source:
+                check_alike(draft.source.index, source.index, name)
 
 
 def _check_values(index: CheckpointIndex, layout: Layout, *, all_shards: bool) -> None:

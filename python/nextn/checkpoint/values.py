@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from nextn.checkpoint.fit import FLOATS
 from nextn.checkpoint.header import TensorInfo
 from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.layout import SCALES, Layout
@@ -36,6 +37,8 @@ LARGEST_MEDIAN = 4.0
 """Half of the weights in a row of a trained linear are smaller than this by far: 0.02 is usual. FP8 codes that were
 stored without their scales, and codes multiplied by a scale's reciprocal, are larger: codes have medians of 15 to 160.
 """
+
+LEAST_COSINE = 0.5
 _CHUNK = 16 * 2**20
 
 
@@ -139,6 +142,25 @@ def check_tied_head(index: CheckpointIndex, head: str, embedding: str) -> None:
         raise CheckpointError(
             f"{head}: differs from {embedding}, but config.json says tie_word_embeddings; set it to false, or remove "
             "the tensor"
+        )
+
+
+def check_alike(index: CheckpointIndex, lender: CheckpointIndex, name: str) -> None:
+    """Of a tensor that both checkpoints may have: raises CheckpointError if its first rows are of two models.
+
+    Rows of two trainings of one model point the same way; those of two models have nothing to do with each other.
+    """
+    if not all(name in one.tensors and one.tensors[name].dtype in FLOATS for one in (index, lender)):
+        return
+    (ours,), (theirs,) = (
+        [row.astype(np.float64) for _, row in read_floats(one, [name], first_row=True)] for one in (index, lender)
+    )
+    size = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+    if ours.shape == theirs.shape and float(ours @ theirs) < LEAST_COSINE * size:
+        raise CheckpointError(
+            f"--speculative-draft-model-path {index.folder}: {name}: its first row has a cosine of "
+            f"{float(ours @ theirs) / size:.2f} with the target's, expected at least {LEAST_COSINE:g}: the NextN layer "
+            "has none of its own, and was trained with that of another model; take one of the same model"
         )
 
 
