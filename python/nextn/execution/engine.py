@@ -157,6 +157,8 @@ class Engine:
                 outputs.append(output_of(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
             if self._shadow is not None and extend.seq.finish_reason is not None:
                 self._shadow.offer(extend.seq)
+        if any(one.extend.num_drafts for one in steps):
+            self._monitor.end_step()
         self._counters.num_steps += bool(steps)
         return outputs
 
