@@ -23,8 +23,8 @@ many clients ask the same, all of a step's chains are accepted or rejected toget
 ALARM_GENERATIONS = 8
 """The alarm's window: 256 chains of 32 steps, or more. In 500 varied requests to the embedded model, one at a time, no
 such window accepted less than 70 % of first drafts, the mean being 83 %; a window of 64, which a single odd answer can
-fill, went down to 41 %. The policy goes on drafting for some 200 chains after a collapse, so the window of a few streams
-fills before drafts are rare."""
+fill, went down to 41 %. The policy goes on drafting for some 200 chains after a collapse, so a few streams fill the
+window before drafts are rare."""
 
 REPORT_GENERATIONS = 128
 """The reported window: 4,096 chains or more."""
