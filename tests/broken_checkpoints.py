@@ -84,6 +84,24 @@ def _ignore(entry: str, quant: Quant = "channel", message: str | None = None) ->
     return _config(quant, mutate, message or rf"{field} entry .* names no module of this checkpoint")
 
 
+def _raw_draft(state: State) -> None:
+    """The NextN layer's codes in bfloat16, as another tool may have copied them."""
+    for name in [name for name in state if name.startswith(LAST)]:
+        if name.endswith("_scale"):
+            del state[name]
+        elif state[name].dtype == torch.float8_e4m3fn:
+            state[name] = state[name].to(torch.bfloat16)
+
+
+def _draft_scales(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], None]:
+    def mutate(state: State) -> None:
+        for name in state:
+            if name.startswith(LAST) and "_scale" in name:
+                state[name] = change(state[name])
+
+    return mutate
+
+
 def _set_fields(**fields: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config.update(fields)
 
@@ -103,6 +121,19 @@ def _bytes(change: Callable[[bytes], bytes]) -> Broken:
         file.write_bytes(change(file.read_bytes()))
 
     return _files(spoil, r"mtp\.safetensors: (is not a safetensors file|has \d+ bytes)")
+
+
+def _number_in_metadata(whole: bytes) -> bytes:
+    """The library that reads the tensors takes no such file."""
+    length = int.from_bytes(whole[:8], "little")
+    text = '{"__metadata__": {"total_size": 1}, ' + whole[9 : 8 + length].decode()
+    return len(text).to_bytes(8, "little") + text.encode() + whole[8 + length :]
+
+
+def _in_utf_16(whole: bytes) -> bytes:
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length].decode().encode("utf-16")
+    return len(header).to_bytes(8, "little") + header + whole[8 + length :]
 
 
 def _repeat_a_name(whole: bytes) -> bytes:
@@ -330,6 +361,43 @@ BROKEN: dict[str, Broken] = {
         lambda folder: write_checkpoint(folder, CONFIG, draft="absent"),
         r"names a NextN layer, but no file has a tensor model\.layers\.3\.\*.*--speculative-algorithm none",
     ),
+    "NaN in a norm": _tensors(
+        "none",
+        _set("model.layers.1.input_layernorm.weight", _with(float("nan"))),
+        "1.input_layernorm.weight: holds nan",
+        is_deep=True,
+    ),
+    "NaN in one of the draft's norms": _tensors(
+        "none", _set(f"{LAST}.enorm.weight", _with(float("nan"))), rf"{LAST}\.enorm\.weight: holds nan", is_deep=True
+    ),
+    "infinite router bias": _tensors(
+        "none",
+        _set(f"{LAST}.mlp.gate.e_score_correction_bias", _with(float("inf"))),
+        "correction_bias: holds inf",
+        is_deep=True,
+    ),
+    "infinite bias": _tensors(
+        "none",
+        _set("model.layers.1.self_attn.k_proj.bias", _with(float("-inf"))),
+        "k_proj.bias: holds -inf",
+        is_deep=True,
+    ),
+    "draft of raw codes": _tensors("channel", _raw_draft, rf"{LAST}\..*FP8 codes without their scale", is_deep=True),
+    "one of the draft's experts of raw codes": _tensors(
+        "none",
+        _set(f"{LAST}.mlp.experts.3.up_proj.weight", lambda w: w * 448),
+        rf"{LAST}\.mlp\.experts\.3\.up_proj\.weight: half",
+        is_deep=True,
+    ),
+    "draft scales of 1": _tensors(
+        "block", _draft_scales(torch.ones_like), rf"{LAST}\..*, times weight_scale_inv, is", is_deep=True
+    ),
+    "reciprocal draft scales": _tensors(
+        "channel", _draft_scales(lambda scale: 1 / scale), rf"{LAST}\..*, times weight_scale, is", is_deep=True
+    ),
+    "raw codes in a layer": _tensors(
+        "none", _set(f"{O_PROJ}.weight", lambda w: w * 448), "o_proj.weight: half", is_deep=True
+    ),
     # files
     "truncated": _bytes(lambda whole: whole[:-10]),
     "cut in the header": _bytes(lambda whole: whole[:100]),
@@ -339,6 +407,9 @@ BROKEN: dict[str, Broken] = {
     "too long": _bytes(lambda whole: whole + b"more"),
     "no JSON": _bytes(lambda whole: whole[:8] + b"!" + whole[9:]),
     "shape and bytes disagree": _bytes(lambda whole: whole.replace(b'"shape":[48]', b'"shape":[49]', 1)),
+    "metadata that is no text": _bytes(_number_in_metadata),
+    "half a surrogate pair in a name": _bytes(lambda whole: whole.replace(b'"model.lay', b'"\\ud800l.lay', 1)),
+    "a header in UTF-16": _bytes(_in_utf_16),
     "huge header": _bytes(lambda whole: b"\xff" * 8 + whole[8:]),
     "one name twice in a file": _files(_twice, rf"{LAST}\.enorm\.weight: is twice in .*mtp\.safetensors"),
     "one name in two files": _files(

@@ -40,8 +40,8 @@ def schemes(loaded: LoadedModel) -> tuple[str, str]:
 def test_the_layer_keeps_the_quantization_of_where_it_comes_from(
     target_quant: Quant, quant: Quant, tmp_path: Path
 ) -> None:
-    target = write_checkpoint(tmp_path / "target", tiny_config(num_nextn_predict_layers=0), quant=target_quant, seed=1)
-    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant=quant, seed=2)
+    target = write_checkpoint(tmp_path / "target", tiny_config(num_nextn_predict_layers=0), quant=target_quant)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant=quant)
     loaded = load(target, donor)
     kinds = {"none": "unquantized", "channel": "fp8_channel"}
     expected = {"block": "fp8_block", "ct_block": "fp8_block", "tensor": "fp8_tensor", "tensor_static": "fp8_tensor"}
@@ -53,6 +53,20 @@ def test_the_layer_keeps_the_quantization_of_where_it_comes_from(
     torch.testing.assert_close(loaded.draft.enorm.weight.data, stored.float())
     assert loaded.draft.embed_tokens is loaded.target.embed_tokens
     assert loaded.draft.head is loaded.target.lm_head
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_layer_that_would_borrow_from_a_target_of_another_model_is_refused(part: str, tmp_path: Path) -> None:
+    def of_another(state: State) -> None:
+        state[part] = torch.randn(state[part].shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def trained_on(state: State) -> None:
+        state[part] = state[part].float() + 0.2 * torch.randn(state[part].shape) * state[part].float().std()
+
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    assert load(target, write_checkpoint(tmp_path / "kin", CONFIG, mutate=trained_on)).draft is not None
+    with pytest.raises(CheckpointError, match=f"--speculative-draft-model-path .*stranger: {part}: .*another model"):
+        load(target, write_checkpoint(tmp_path / "stranger", CONFIG, mutate=of_another))
 
 
 def test_its_own_head_and_embedding_come_along(tmp_path: Path) -> None:

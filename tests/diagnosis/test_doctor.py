@@ -320,8 +320,19 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert "config.json cannot be read" in (examined(folder).refusal or "")
 
 
-def test_an_unreachable_hub_is_a_refusal(tmp_path: Path) -> None:
-    told = run("owner/name", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"HF_HUB_OFFLINE": "1"},
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},  # the port of discard, where nothing listens
+        {"HF_ENDPOINT": "no-url"},
+    ],
+    ids=["offline", "no connection", "no URL"],
+)
+@pytest.mark.parametrize("arguments", [(), ("--deep",)])
+def test_an_unreachable_hub_is_a_refusal(arguments: tuple[str, ...], environ: dict[str, str], tmp_path: Path) -> None:
+    told = run("owner/name", *arguments, HF_HOME=str(tmp_path), **environ)
     assert told.returncode == 2
-    assert "CHECKPOINT owner/name" in told.stdout
+    assert "CHECKPOINT owner/name: no such folder, not in the local cache" in told.stdout
+    assert "itself failed" not in told.stderr
     assert "Traceback" not in told.stdout + told.stderr

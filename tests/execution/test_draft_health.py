@@ -29,11 +29,6 @@ def swap_concat_halves(state: State) -> None:
     state[f"{PREFIX}eh_proj.weight"] = weight.roll(weight.shape[1] // 2, 1)
 
 
-def forget_scales(state: State) -> None:
-    for name in [name for name in state if name.endswith("weight_scale")]:
-        state[name] = torch.ones_like(state[name])
-
-
 def random_head(state: State) -> None:
     target = load_file(checkpoint_dir() / "model.safetensors")
     like = target["lm_head.weight"].float()
@@ -48,7 +43,6 @@ def shift_norms(state: State) -> None:
 
 MUTANTS: dict[str, Callable[[State], None]] = {
     "swapped": swap_concat_halves,
-    "raw": forget_scales,
     "random": random_head,
     "shifted": shift_norms,
 }

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from nextn.config.engine_config import EngineConfig
+from nextn.errors import CheckpointError
+from nextn.execution.engine import Engine
 from nextn.protocol.messages import AddRequest
 from nextn.speculative.policy import DraftLengthPolicy
 from scipy import stats
 
+from tests.checkpoints import State, tiny_config, write_checkpoint
 from tests.conftest import EngineFactory, request, run_all, run_outputs
 
 VOCAB = 24
@@ -277,3 +282,26 @@ def test_output_ends_at_the_context(make_engine: EngineFactory) -> None:
     engine = make_engine(context_length=40)
     (outputs,) = run_outputs(engine, [request("a", [1] * 30, 500)]).values()
     assert (outputs[-1].completion_tokens, outputs[-1].finish_reason) == (10, "length")
+
+
+@pytest.mark.parametrize("decode_on_device", [False, True])
+def test_an_eos_that_the_vocabulary_lacks_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, decode_on_device: bool
+) -> None:
+    folder = write_checkpoint(tmp_path, tiny_config(eos_token_id=[1, 151329]))
+    engine = Engine(EngineConfig(model_path=str(folder), max_total_tokens=512, decode_on_device=decode_on_device))
+    assert engine.eos_token_ids == (1,)
+    assert "eos_token_id: found 151329, which the vocabulary of 64 does not have" in caplog.text
+    waiting = request("a", [5, 6], 8, min_new_tokens=4, ignore_eos=False)
+    assert len(run_all(engine, [waiting])["a"]) >= 4
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.self_attn.o_proj", "lm_head"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path, where: str, value: float) -> None:
+    def spoil(state: State) -> None:
+        state[f"{where}.weight"][3, 5] = value
+
+    folder = write_checkpoint(tmp_path, tiny_config(), mutate=spoil)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        Engine(EngineConfig(model_path=str(folder), max_total_tokens=512))

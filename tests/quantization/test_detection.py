@@ -67,6 +67,29 @@ def test_our_reading_agrees_with_the_librarys_schema() -> None:
         assert scheme.activation == ("dynamic_token" if theirs.input_activations.dynamic else "static_tensor")
 
 
+@pytest.mark.parametrize("targets", [["Linear", "re:.*o_proj", "model.layers.1.self_attn.o_proj"], ["Linear"]])
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_name_counts_for_more_than_a_pattern_and_that_for_more_than_the_class(
+    targets: list[str], is_reversed: bool
+) -> None:
+    raw = declared("channel")
+    group = raw["config_groups"]["group_0"]
+    strategies = {"Linear": "channel", "re:.*o_proj": "block", "model.layers.1.self_attn.o_proj": "tensor"}
+    raw["config_groups"] = {
+        target: {
+            "targets": [target],
+            "weights": {**group["weights"], "strategy": strategies[target], "block_structure": [16, 16]},
+            "input_activations": None,
+        }
+        for target in (reversed(targets) if is_reversed else targets)
+    }
+    found = detect(raw)
+    assert found is not None
+    kinds = [found.scheme_for([f"model.layers.{i}.self_attn.{part}_proj"]).kind for i, part in ((1, "o"), (2, "o"))]
+    assert kinds == (["fp8_tensor", "fp8_block"] if len(targets) == 3 else ["fp8_channel", "fp8_channel"])
+    assert found.scheme_for(["model.layers.1.self_attn.q_proj"]).kind == "fp8_channel"
+
+
 def _weights(**changes: Any) -> dict[str, Any]:
     raw = declared("channel")
     raw["config_groups"]["group_0"]["weights"].update(changes)
@@ -83,6 +106,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "asymmetric": (_weights(symmetric=False), "symmetric"),
     "packed": (declared("channel", format="pack-quantized"), "pack-quantized"),
     "nvfp4": (declared("channel", format="nvfp4-pack-quantized"), "nvfp4"),
+    "rotated weights": (declared("channel", transform_config={"config_groups": {"R1": {}}}), "transform_config"),
     "quantized KV": (declared("channel", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "e5m2": (declared("block", fmt="e5m2"), "e5m2"),
     "static blocks": (declared("block", activation_scheme="static"), "static"),

@@ -40,10 +40,15 @@ def sequence(prompt_len: int = 10, *, cached: int = 0, is_chunked: bool = False)
     return seq
 
 
-def feed(monitor: AcceptanceMonitor, outcomes: Iterable[tuple[int, int]], seq: Sequence | None = None) -> None:
-    """outcomes: (drafted, accepted) of each chain"""
+def feed(
+    monitor: AcceptanceMonitor, outcomes: Iterable[tuple[int, int]], seq: Sequence | None = None, *, num_alike: int = 1
+) -> None:
+    """outcomes: (drafted, accepted) of each step's chains, of which there are ``num_alike``"""
     for drafted, accepted in outcomes:
-        monitor.count(Extend(seq or sequence(), 0, 1, drafted, decides=True, wants_drafts=True), Decision([], accepted))
+        extend = Extend(seq or sequence(), 0, 1, drafted, decides=True, wants_drafts=True)
+        for _ in range(num_alike):
+            monitor.count(extend, Decision([], accepted))
+        monitor.end_step()
 
 
 def chains(num: int, rate: float, num_drafts: int = 3, seed: int = 0) -> list[tuple[int, int]]:
@@ -87,6 +92,16 @@ def test_a_collapse_is_seen_within_one_window_of_drafted_chains(caplog: pytest.L
     monitor = AcceptanceMonitor(MAX_DRAFTS)
     feed(monitor, chains(2000, 0.7))
     feed(monitor, chains(ALARM_WINDOW, 0.02, num_drafts=1))  # as the policy probes when drafts no longer pay
+    assert monitor.state == "collapsed"
+
+
+@pytest.mark.parametrize("num_alike", [16, 64, 256])
+def test_many_clients_that_ask_the_same_are_no_collapse(num_alike: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Their chains rise and fall together, so that a few hundred of them are a handful of observations."""
+    monitor = AcceptanceMonitor(MAX_DRAFTS)
+    feed(monitor, chains(4000, 0.6), num_alike=num_alike)
+    assert (monitor.state, errors(caplog)) == ("healthy", [])
+    feed(monitor, chains(200, 0.02), num_alike=num_alike)
     assert monitor.state == "collapsed"
 
 

@@ -49,8 +49,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"the header says {length} bytes, the file has {size}")
-            header = json.loads(stream.read(length), object_pairs_hook=_without_repeats)
-        header.pop("__metadata__", None)
+            header = json.loads(stream.read(length).decode(), object_pairs_hook=_without_repeats)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds something other than text")
+        "".join(header).encode()  # raises ValueError for half a surrogate pair, which is no text
         found = {name: _tensor(name, entry, file, 8 + length) for name, entry in header.items()}
         end = _end(found, 8 + length)
     except _Repeated as error:

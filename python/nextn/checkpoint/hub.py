@@ -19,20 +19,21 @@ def resolve_model(name: str, flag: str = "--model-path") -> Path:
     folder = local_folder(name, flag)
     if folder is not None:
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
-    except HFValidationError as error:
-        raise CheckpointError(f"{flag} {name}: no such folder, and no valid hub name: {error}") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{flag} {name}: no such folder, not in the local cache, and the hub cannot be reached; "
-            "check the network, or download the model and give its folder"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{flag} {name}: no such folder, and the hub says: {error}") from None
+    except Exception as error:  # the library's own, and those of whichever HTTP client it uses
+        raise not_to_be_had(name, flag, error) from None
+
+
+def not_to_be_had(name: str, flag: str, error: Exception) -> CheckpointError:
+    """error: why the hub did not give it"""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return CheckpointError(
+        f"{flag} {name}: no such folder, not in the local cache, and not to be had from the hub ({reason}); check the "
+        "name and the network, or download the model and give its folder"
+    )
 
 
 def local_folder(name: str, flag: str) -> Path | None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from nextn.checkpoint.header import MAX_HEADER_BYTES
-from nextn.checkpoint.hub import PATTERNS, local_folder
+from nextn.checkpoint.hub import PATTERNS, local_folder, not_to_be_had
 from nextn.checkpoint.index import INDEX_NAME
-from nextn.errors import CheckpointError
 
 CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json", INDEX_NAME)
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -48,22 +47,19 @@ def folder_with_headers(name: str, flag: str) -> Iterator[Path]:
 
 def _fetch(name: str, folder: Path, flag: str) -> Path:
     """Copy headers from the hub into the folder, or find the checkpoint in the local cache."""
-    from httpx import HTTPError
-    from huggingface_hub import HfFileSystem, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
+        from huggingface_hub import HfFileSystem
+
         copy_headers(HfFileSystem(), name, folder)
         return folder
-    except (OSError, HTTPError, HfHubHTTPError, HFValidationError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # the library's own, and those of whichever HTTP client it uses
+        refusal = not_to_be_had(name, flag, error)
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        raise CheckpointError(
-            f"{flag} {name}: no such folder, not in the local cache, and not to be had from the hub ({reason}); check "
-            "the name and the network, or download the model and give its folder"
-        ) from None
+    except Exception:
+        raise refusal from None
 
 
 def copy_headers(files: FileSystem, source: str, folder: Path) -> None:

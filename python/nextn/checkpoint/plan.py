@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nextn.checkpoint.fit import check_fit
+from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.layout import Layout, nextn_layout, target_layout
 from nextn.checkpoint.report import LoadReport, report_draft, report_target
 from nextn.checkpoint.source import Source
-from nextn.checkpoint.values import check_norms, check_tied_head
+from nextn.checkpoint.values import check_alike, check_biases, check_norms, check_tied_head, check_weights
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.errors import CheckpointError, ConfigError, QuantizationError
@@ -92,17 +93,27 @@ def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPl
 
 
 def check_values(plan: LoadPlan) -> None:
-    """What headers cannot tell, as far as little reading shows it: norms, and a head that is tied.
+    """What headers cannot tell, as far as little reading shows it: norms, biases, rows of weights, a head that is tied.
 
     Raises CheckpointError naming the tensor and the remedy.
     """
-    if plan.source.index is None:
+    source, draft = plan.source, plan.draft
+    if source.index is None:
         return
-    check_norms(plan.source.index, plan.layout)
-    if plan.source.config.tie_word_embeddings:
-        check_tied_head(plan.source.index, HEAD, EMBEDDING)
-    if plan.draft is not None and plan.draft.source.index is not None:
-        check_norms(plan.draft.source.index, plan.draft.layout)
+    _check_values(source.index, plan.layout, all_shards=False)
+    if source.config.tie_word_embeddings:
+        check_tied_head(source.index, HEAD, EMBEDDING)
+    if draft is not None and draft.source.index is not None:
+        _check_values(draft.source.index, draft.layout, all_shards=True)
+        for name, is_own in ((EMBEDDING, draft.has_own_embedding), (HEAD, draft.has_own_head)):
+            if not is_own and draft.source is not source:
+                check_alike(draft.source.index, source.index, name)
+
+
+def _check_values(index: CheckpointIndex, layout: Layout, *, all_shards: bool) -> None:
+    check_norms(index, layout)
+    check_biases(index, layout)
+    check_weights(index, layout, all_shards=all_shards)
 
 
 def _check_target_files(source: Source, layout: Layout) -> None:

@@ -1,4 +1,5 @@
-"""What can be wrong with the numbers themselves: scales that cannot scale, and norms stored in another convention.
+"""What can be wrong with the numbers themselves: scales that cannot scale, norms stored in another convention, codes
+taken for weights.
 
 Without torch: the doctor reads with these functions too.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from nextn.checkpoint.fit import FLOATS
 from nextn.checkpoint.header import TensorInfo
 from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.layout import SCALES, Layout
@@ -29,6 +32,13 @@ Published GLM norms multiply as they are. A trained norm may well have a small m
 mean alone proves nothing; but its weights start at 1 and are positive almost to the last one. Stored as w - 1, weights
 that are spread around 1 are spread around 0, and weights below 1 are all negative. Norms that grew far above 1 escape.
 """
+
+LARGEST_MEDIAN = 4.0
+"""Half of the weights in a row of a trained linear are smaller than this by far: 0.02 is usual. FP8 codes that were
+stored without their scales, and codes multiplied by a scale's reciprocal, are larger: codes have medians of 15 to 160.
+"""
+
+LEAST_COSINE = 0.5
 _CHUNK = 16 * 2**20
 
 
@@ -64,10 +74,45 @@ def check_scales(index: CheckpointIndex, layout: Layout) -> None:
         check_scale(name, values)
 
 
+def check_biases(index: CheckpointIndex, layout: Layout) -> None:
+    """Raises CheckpointError if a bias, of a linear or a router, is infinite or NaN. A router's would show nowhere."""
+    names = [tensor.name for tensor in layout.tensors() if tensor.role == "bias" or tensor.kind == "router bias"]
+    for name, values in read_floats(index, names):
+        _check_finite(name, values)
+
+
+def check_weights(index: CheckpointIndex, layout: Layout, *, all_shards: bool) -> None:
+    """Look at the first row of linears. all_shards: of every expert and part, not of one of each fused module
+
+    Raises CheckpointError if its weights are as large as FP8 codes without their scales.
+    """
+    modules = {
+        name: linear.scheme.scale_suffix
+        for linear in layout.linears
+        for name, _ in (linear.shards if all_shards else linear.shards[:1])
+    }
+    scales = {f"{name}.{suffix}" for name, suffix in modules.items() if suffix is not None}
+    medians: dict[str, float] = {}
+    for name, row in read_floats(index, [*(f"{name}.weight" for name in modules), *scales], first_row=True):
+        if name in scales:
+            check_scale(name, row)
+        medians[name] = float(np.median(abs(row)))
+    for name, suffix in modules.items():
+        median = medians[f"{name}.weight"] * (1.0 if suffix is None else medians[f"{name}.{suffix}"])
+        if median > LARGEST_MEDIAN:
+            with_scale = "" if suffix is None else f", times {suffix},"
+            raise CheckpointError(
+                f"{name}.weight: half of its first row{with_scale} is larger than {median:.3g}, expected below "
+                f"{LARGEST_MEDIAN:g}: these are FP8 codes without their scale, or with its reciprocal; quantize the "
+                "checkpoint again"
+            )
+
+
 def check_norms(index: CheckpointIndex, layout: Layout) -> list[NormFigures]:
     """The figures of every norm.
 
-    Raises CheckpointError if most norms of the target, of the draft's block, or the draft's own three look shifted.
+    Raises CheckpointError if most norms of the target, of the draft's block, or the draft's own three look shifted, or
+    one is infinite or NaN.
     """
     norms = [tensor for tensor in layout.tensors() if tensor.role == "norm"]
     figures = [_figures(name, values) for name, values in read_floats(index, [tensor.name for tensor in norms])]
@@ -100,41 +145,91 @@ def check_tied_head(index: CheckpointIndex, head: str, embedding: str) -> None:
         )
 
 
-def read_floats(index: CheckpointIndex, names: Iterable[str]) -> Iterator[tuple[str, FloatArray]]:
-    """(name, values) of floating-point tensors, in the order they lie in the files."""
+def check_alike(index: CheckpointIndex, lender: CheckpointIndex, name: str) -> None:
+    """Of a tensor that both checkpoints may have: raises CheckpointError if its first rows are of two models.
+
+    Rows of two trainings of one model point the same way; those of two models have nothing to do with each other.
+    """
+    if not all(name in one.tensors and one.tensors[name].dtype in FLOATS for one in (index, lender)):
+        return
+    (ours,), (theirs,) = (
+        [row.astype(np.float64) for _, row in read_floats(one, [name], first_row=True)] for one in (index, lender)
+    )
+    size = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+    if ours.shape == theirs.shape and float(ours @ theirs) < LEAST_COSINE * size:
+        raise CheckpointError(
+            f"--speculative-draft-model-path {index.folder}: {name}: its first row has a cosine of "
+            f"{float(ours @ theirs) / size:.2f} with the target's, expected at least {LEAST_COSINE:g}: the NextN layer "
+            "has none of its own, and was trained with that of another model; take one of the same model"
+        )
+
+
+def read_floats(
+    index: CheckpointIndex, names: Iterable[str], *, first_row: bool = False
+) -> Iterator[tuple[str, FloatArray]]:
+    """(name, values) of floating-point tensors, in the order they lie in the files. first_row: and no others, flat
+
+    Raises CheckpointError if a file cannot be read, or has been cut off since its header was.
+    """
     ordered = sorted(names, key=lambda name: (index.tensors[name].file, index.tensors[name].start))
     with ExitStack() as stack:
         streams: dict[Path, BinaryIO] = {}
         for name in ordered:
             info = index.tensors[name]
+            num_bytes = info.num_bytes // info.shape[0] if first_row and info.shape else info.num_bytes
             try:
                 if info.file not in streams:
                     streams[info.file] = stack.enter_context(info.file.open("rb"))
                 streams[info.file].seek(info.start)
-                raw = streams[info.file].read(info.num_bytes)
+                raw = streams[info.file].read(num_bytes)
             except OSError as error:
                 raise CheckpointError(f"{info.file}: {name} cannot be read ({error}); download it again") from None
-            yield name, _decode(info, raw)
+            if len(raw) != num_bytes:
+                raise CheckpointError(f"{info.file}: was cut off while it was read, at {name}; download it again")
+            values = _decode(info.dtype, raw)
+            yield name, values if first_row else values.reshape(info.shape)
 
 
-def _decode(info: TensorInfo, raw: bytes) -> FloatArray:
-    if info.dtype == "BF16":  # the upper half of a float32
+def _decode(dtype: str, raw: bytes) -> FloatArray:
+    if dtype == "F8_E4M3":
+        return _fp8_values()[np.frombuffer(raw, np.uint8)]
+    if dtype == "BF16":  # the upper half of a float32
         wide = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
-        return wide.view(np.float32).reshape(info.shape)
-    return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[info.dtype]).reshape(info.shape)
+        return wide.view(np.float32)
+    return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+
+
+@cache
+def _fp8_values() -> FloatArray:
+    """Of each code of float8_e4m3fn: a sign, four bits of exponent (bias 7), three of mantissa; no infinities."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, size, -size)
+
+
+def _check_finite(name: str, values: FloatArray) -> None:
+    bad = values[~np.isfinite(values)]
+    if bad.size:
+        raise CheckpointError(f"{name}: holds {float(bad[0])}, expected finite numbers; download the checkpoint again")
 
 
 def _figures(name: str, values: FloatArray) -> NormFigures:
+    _check_finite(name, values)
     exact = values.astype(np.float64)
     return NormFigures(name, float(exact.mean()), float((exact <= 0).mean()), float(exact.max() - exact.min()))
 
 
 def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
-    with a.file.open("rb") as first, b.file.open("rb") as second:
-        first.seek(a.start)
-        second.seek(b.start)
-        for done in range(0, a.num_bytes, _CHUNK):
-            size = min(_CHUNK, a.num_bytes - done)
-            if first.read(size) != second.read(size):
-                return False
+    try:
+        with a.file.open("rb") as first, b.file.open("rb") as second:
+            first.seek(a.start)
+            second.seek(b.start)
+            for done in range(0, a.num_bytes, _CHUNK):
+                size = min(_CHUNK, a.num_bytes - done)
+                if first.read(size) != second.read(size):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or a.file}: cannot be read ({error}); download it again") from None
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import RequestError
 from nextn.execution.counters import Counters
 from nextn.execution.outputs import check_request, output_of, refusal
-from nextn.execution.rehearsal import run_canary, warm_up, warm_up_kernels
+from nextn.execution.rehearsal import check_numbers, run_canary, warm_up, warm_up_kernels
 from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
 from nextn.execution.step import Stepper
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
@@ -51,7 +52,7 @@ class Engine:
         self.max_draft_steps = shard.max_draft_steps
         self.context_length = shard.context_length
         self.vocab_size = model_config.vocab_size
-        self.eos_token_ids = tuple(model_config.eos_token_ids)
+        self.eos_token_ids = _possible(model_config.eos_token_ids, model_config.vocab_size)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_running=config.max_running_requests,
@@ -66,6 +67,7 @@ class Engine:
         )
         self._counters = Counters(self.max_draft_steps)
         self._stepper = Stepper(self.scheduler, shard.cycle, policy, shard.runner, overlap=config.enable_overlap)
+        check_numbers(self._stepper, vocab_size=self.vocab_size, context_length=self.context_length)
         warm_up(
             self._stepper, vocab_size=self.vocab_size, page_size=config.page_size, context_length=self.context_length
         )
@@ -155,6 +157,8 @@ class Engine:
                 outputs.append(output_of(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
             if self._shadow is not None and extend.seq.finish_reason is not None:
                 self._shadow.offer(extend.seq)
+        if any(one.extend.num_drafts for one in steps):
+            self._monitor.end_step()
         self._counters.num_steps += bool(steps)
         return outputs
 
@@ -229,3 +233,16 @@ class Engine:
             "torch_version": str(torch.__version__),
             "num_threads": torch.get_num_threads(),
         }
+
+
+def _possible(eos_token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Those of the vocabulary: no other can be decided, nor be masked while a request has to go on."""
+    outside = [token for token in eos_token_ids if token >= vocab_size]
+    if outside:
+        logger.warning(
+            "eos_token_id: found %s, which the vocabulary of %d does not have, so that nothing ends with it; correct "
+            "config.json and generation_config.json",
+            ", ".join(map(str, outside)),
+            vocab_size,
+        )
+    return tuple(token for token in eos_token_ids if token < vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nextn.protocol.sampling import TokenSampling
 from nextn.speculative.canary import MAX_NEW_TOKENS, NUM_DRAFTS, canary_prompts, judge, skipped
 from nextn.speculative.policy import TRIES_AT_FIRST
 
+SCORED_TOKENS = 16
 WARM_UP_TOKENS = 8
 WARM_UP_LENGTHS = (1, 2, 3, 17, 40, 65, 130, 300, 700, 1024, 1100, 2100)
 """Prompts of these lengths have different configurations of kernels."""
@@ -50,6 +52,25 @@ def rehearse(
     scheduler.pages.flush()
     scheduler.num_preemptions = 0
     return outcomes
+
+
+def check_numbers(stepper: Stepper, *, vocab_size: int, context_length: int) -> None:
+    """Have a prompt scored: where a weight is NaN, or the computing type too narrow, every answer would be token 0.
+
+    Raises CheckpointError if a logprob is no number.
+    """
+    sampling = TokenSampling(max_new_tokens=1, seed=0, temperature=0.0)
+    ids = [i % vocab_size for i in range(min(SCORED_TOKENS, context_length - 1))]
+    scheduler = stepper.scheduler
+    seq = scheduler.add(AddRequest(rid="score", input_ids=ids, sampling=sampling, prompt_logprobs_start=0))
+    while scheduler.has_work:
+        stepper.step(0)
+    scheduler.pages.flush()
+    if not all(math.isfinite(known.logprob) for known in seq.prompt_logprobs or () if known.logprob is not None):
+        raise CheckpointError(
+            "the model computes NaN or infinite values for an ordinary prompt: a weight of its files is NaN or "
+            "infinite, or --dtype float16 is too narrow for it; download the checkpoint again, or use --dtype bfloat16"
+        )
 
 
 def warm_up(stepper: Stepper, *, vocab_size: int, page_size: int, context_length: int) -> None:

@@ -176,6 +176,8 @@ class Experts(nn.Module):
         self.all_w13 = _stack(num_experts + has_one_more, self.w13_shards[0], hidden, self.w13_scheme, dtype)
         self.all_w2 = _stack(num_experts + has_one_more, self.w2_shards[0], inner, self.w2_scheme, dtype)
         self.w13, self.w2 = self.all_w13[:num_experts], self.all_w2[:num_experts]
+        if gpu.suits(self.all_w13):
+            _check_for_gpu(names[0], self.w13_scheme, self.w2_scheme)
         self.one_more = (self.all_w13[num_experts], self.all_w2[num_experts]) if has_one_more else None
         self.w13_scales = [make_scales(shards, hidden, self.w13_scheme) for shards in self.w13_shards]
         self.w2_scales = [make_scales(shards, inner, self.w2_scheme) for shards in self.w2_shards]
@@ -202,17 +204,7 @@ class Experts(nn.Module):
         """As they are stored, on a GPU. scales_of_one_more: of its w13 and w2, where there is one."""
         w13_more, w2_more = scales_of_one_more or (None, None)
         w13_scale, w13_block = _stacked_scales(self.w13_shards, self.w13_scheme, self.w13_scales, w13_more)
-        w2_scale, w2_block = _stacked_scales(self.w2_shards, self.w2_scheme, self.w2_scales, w2_more)
-        if (w13_scale is None, w13_block) != (w2_scale is None, w2_block):
-            raise QuantizationError(
-                f"{self.w13_shards[0][0].name}: is {self.w13_scheme.kind} and {self.w2_shards[0][0].name} is "
-                f"{self.w2_scheme.kind}; expected one kind for a layer's experts on a GPU; quantize the two alike"
-            )
-        if w13_block is not None and (w13_block[1] < MIN_BLOCK_K or w13_block[1] & (w13_block[1] - 1)):
-            raise QuantizationError(
-                f"{self.w13_shards[0][0].name}: has a scale per {w13_block[1]} columns, expected a power of two from "
-                f"{MIN_BLOCK_K} on for a GPU; quantize with blocks of 128, or use --device cpu"
-            )
+        w2_scale, _ = _stacked_scales(self.w2_shards, self.w2_scheme, self.w2_scales, w2_more)
         return StackedExperts(
             self.all_w13,
             w13_scale,
@@ -222,6 +214,24 @@ class Experts(nn.Module):
             num_routed=len(self.w13_shards),
             has_shared=self.one_more is not None,
         )
+
+
+def _check_for_gpu(name: str, w13: LinearScheme, w2: LinearScheme) -> None:
+    """Raises QuantizationError if the kernels for GPUs do not take experts that are stored like this. name: of one"""
+    if (w13.is_quantized, w13.block) != (w2.is_quantized, w2.block):
+        raise QuantizationError(
+            f"{name}.gate_proj: is {_described(w13)} and {name}.down_proj is {_described(w2)}; expected one kind for a "
+            "layer's experts on a GPU; quantize the two alike, or use --device cpu"
+        )
+    if w13.block is not None and (w13.block[1] < MIN_BLOCK_K or w13.block[1] & (w13.block[1] - 1)):
+        raise QuantizationError(
+            f"{name}.gate_proj: has a scale per {w13.block[1]} columns, expected a power of two from {MIN_BLOCK_K} on "
+            "for a GPU; quantize with blocks of 128, or use --device cpu"
+        )
+
+
+def _described(scheme: LinearScheme) -> str:
+    return scheme.kind if scheme.block is None else f"{scheme.kind} of {scheme.block[0]} x {scheme.block[1]}"
 
 
 def _stacked_scales(

@@ -19,12 +19,12 @@ _KINDS: dict[str, SchemeKind] = {"channel": "fp8_channel", "tensor": "fp8_tensor
 
 @dataclass(frozen=True)
 class CompressedTensorsConfig:
-    """groups: (targets, scheme) in the config's order; where: the config's file.
+    """targets: of all groups, in the config's order, each with its scheme; where: the config's file.
 
     ignore: entries of modules that are not quantized (values are unused: a dict keeps order and finds a name at once)
     """
 
-    groups: tuple[tuple[tuple[str, ...], LinearScheme], ...]
+    targets: Mapping[str, LinearScheme]
     ignore: Mapping[str, None]
     where: str
     method: str = "compressed-tensors"
@@ -38,13 +38,23 @@ class CompressedTensorsConfig:
         form = raw.get("format", "float-quantized")
         if form not in ("float-quantized", "naive-quantized"):
             raise QuantizationError(f"{where}: format: found {form!r}, expected 'float-quantized'; {SUPPORTED}")
+        if raw.get("transform_config"):
+            raise QuantizationError(
+                f"{where}: transform_config is not supported: its weights are rotated, and mean something else without "
+                "the rotation of what they multiply; quantize the checkpoint without transforms"
+            )
         if raw.get("kv_cache_scheme"):
             raise QuantizationError(f"{where}: kv_cache_scheme is not supported; remove it to serve the KV unquantized")
         groups = raw.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise QuantizationError(f"{where}: config_groups: found {groups!r}, expected at least one group")
+        targets: dict[str, LinearScheme] = {}
+        for name, group in groups.items():
+            of_group, scheme = _targets(name, group, where), _scheme(name, group, where)
+            for target in of_group:
+                targets.setdefault(target, scheme)
         return cls(
-            groups=tuple((_targets(name, g, where), _scheme(name, g, where)) for name, g in groups.items()),
+            targets=targets,
             ignore=dict.fromkeys(entry_list(raw.get("ignore"), f"{where}: ignore")),
             where=where,
         )
@@ -59,10 +69,8 @@ class CompressedTensorsConfig:
         entry = match_entry(name, self.ignore)
         if entry is not None:
             return LinearScheme("unquantized", source=f"ignore entry {entry!r}")
-        for targets, scheme in self.groups:
-            if "Linear" in targets or match_entry(name, targets) is not None:
-                return scheme
-        return LinearScheme("unquantized", source="no config group targets it")
+        target = match_entry(name, self.targets) or "Linear"  # a name or a pattern counts for more than the class
+        return self.targets.get(target, LinearScheme("unquantized", source="no config group targets it"))
 
 
 def _targets(name: str, group: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator
 from nextn.protocol.draft_health import Acceptance, DraftState
 from nextn.scheduler.scheduler import Decision, Extend
 
-GENERATION = 32
-"""Chains after which windows move on."""
+GENERATION, GENERATION_STEPS = 32, 4
+"""Chains and steps, at least, after which windows move on. Chains of one step say less than as many of several: where
+many clients ask the same, all of a step's chains are accepted or rejected together."""
 
 ALARM_GENERATIONS = 8
-"""The alarm's window: 256 chains. In 500 varied requests to the embedded model, one at a time, no such window accepted
-less than 70 % of first drafts, the mean being 83 %; a window of 64, which a single odd answer can fill, went down to
-41 %. The policy goes on drafting for some 200 chains after a collapse, so the window fills before drafts are rare."""
+"""The alarm's window: 256 chains of 32 steps, or more. In 500 varied requests to the embedded model, one at a time, no
+such window accepted less than 70 % of first drafts, the mean being 83 %; a window of 64, which a single odd answer can
+fill, went down to 41 %. The policy goes on drafting for some 200 chains after a collapse, so a few streams fill the
+window before drafts are rare."""
 
 REPORT_GENERATIONS = 128
-"""The reported window: 4,096 chains."""
+"""The reported window: 4,096 chains or more."""
 
 HEALTHY_RATE = 0.4
 """Acceptance of the first draft that only a working head reaches. Published accept lengths of GLM-4.5 … 4.7 with 3
@@ -52,7 +54,8 @@ logger = logging.getLogger(__name__)
 
 
 class AcceptanceMonitor:
-    """Owns what is known about the draft's acceptance. ``count`` after each verify pass that had drafts.
+    """Owns what is known about the draft's acceptance. ``count`` each chain that was verified, and ``end_step`` after
+    each step that had any.
 
     is_trained: False where the weights are random, so that nothing can be expected of them
     is_proven: the head has shown that it works, so traffic that it never drafts well is merely hard
@@ -78,7 +81,7 @@ class AcceptanceMonitor:
         self._logged_at = self._reported_at = clock()
         self._usual = 0.0
         self._num_chains = 0
-        self._num_in_current = 0
+        self._num_in_current = self._num_steps = 0
         self._current: dict[int, int] = {}
         self._generations: deque[dict[int, int]] = deque()
         self._totals: dict[int, int] = {}
@@ -92,7 +95,11 @@ class AcceptanceMonitor:
         current = self._current
         current[key] = current.get(key, 0) + 1
         self._num_in_current += 1
-        if self._num_in_current == GENERATION:
+
+    def end_step(self) -> None:
+        """The chains of a step are counted."""
+        self._num_steps += 1
+        if self._num_in_current >= GENERATION and self._num_steps >= GENERATION_STEPS:
             self._turn()
 
     def windows(self) -> dict[str, Acceptance]:
@@ -120,15 +127,15 @@ class AcceptanceMonitor:
         for key, count in self._current.items():
             self._totals[key] = self._totals.get(key, 0) + count
         self._generations.append(self._current)
-        self._current, self._num_in_current = {}, 0
-        self._num_chains += GENERATION
+        self._num_chains += self._num_in_current
+        self._current, self._num_in_current, self._num_steps = {}, 0, 0
         if len(self._generations) > REPORT_GENERATIONS:
             for key, count in self._generations.popleft().items():
                 self._totals[key] -= count
                 if not self._totals[key]:
                     del self._totals[key]
         if self._is_trained and len(self._generations) >= ALARM_GENERATIONS:
-            self._judge(self._first_draft_rate())
+            self._judge(*self._first_drafts())
         now = self._clock()
         if now - self._reported_at >= REPORT_EVERY:
             self.revision += 1
@@ -137,14 +144,14 @@ class AcceptanceMonitor:
             logger.info("draft: %s", describe(self.windows()["all"]))
             self._logged_at = now
 
-    def _first_draft_rate(self) -> float:
-        """Share of the alarm window's chains whose first draft was accepted."""
-        num_accepted = sum(
-            count for i in range(1, ALARM_GENERATIONS + 1) for key, count in self._generations[-i].items() if key & 0xF
-        )
-        return num_accepted / (ALARM_GENERATIONS * GENERATION)
+    def _first_drafts(self) -> tuple[float, int]:
+        """Share of the alarm window's chains whose first draft was accepted, and their number."""
+        window = [self._generations[-i].items() for i in range(1, ALARM_GENERATIONS + 1)]
+        num_accepted = sum(count for of_one in window for key, count in of_one if key & 0xF)
+        num_chains = sum(count for of_one in window for _, count in of_one)
+        return num_accepted / num_chains, num_chains
 
-    def _judge(self, rate: float) -> None:
+    def _judge(self, rate: float, num_chains: int) -> None:
         if rate >= HEALTHY_RATE:
             self._usual += (_USUAL_MEMORY if self._usual else 1.0) * (rate - self._usual)
             if self.state != "healthy":
@@ -153,15 +160,14 @@ class AcceptanceMonitor:
             self.num_collapses += 1
             self._complain(
                 "collapsed",
-                f"collapsed: the first draft was accepted in {rate:.0%} of the last {ALARM_GENERATIONS * GENERATION} "
-                f"drafted chains, in {self._usual:.0%} before",
+                f"collapsed: the first draft was accepted in {rate:.0%} of the last {num_chains} drafted chains, in "
+                f"{self._usual:.0%} before",
             )
         elif self.state == "unknown" and not self._is_proven and self._num_chains >= NEVER_HEALTHY_AFTER:
             self._complain(
                 "never_healthy",
-                f"never healthy: the first draft was accepted in {rate:.0%} of the last "
-                f"{ALARM_GENERATIONS * GENERATION} drafted chains and never in {HEALTHY_RATE:.0%}, which a working "
-                "head reaches",
+                f"never healthy: the first draft was accepted in {rate:.0%} of the last {num_chains} drafted chains "
+                f"and never in {HEALTHY_RATE:.0%}, which a working head reaches",
             )
 
     def _become_healthy(self, rate: float) -> None:
