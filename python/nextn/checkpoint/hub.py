@@ -20,7 +20,7 @@ def resolve_model(name: str, flag: str = "--model-path") -> Path:
     if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
@@ -31,7 +31,7 @@ def resolve_model(name: str, flag: str = "--model-path") -> Path:
             f"{flag} {name}: no such folder, not in the local cache, and the hub cannot be reached; "
             "check the network, or download the model and give its folder"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise CheckpointError(f"{flag} {name}: no such folder, and the hub says: {error}") from None
 
 

@@ -47,15 +47,17 @@ def folder_with_headers(name: str, flag: str) -> Iterator[Path]:
 
 
 def _fetch(name: str, folder: Path, flag: str) -> Path:
-    """Copy headers from the hub into the folder, or find the checkpoint in the local cache."""
-    from httpx import HTTPError
+    """Copy headers from the hub into the folder, or find the checkpoint in the local cache.
+
+    HTTPError is the one of httpx or of httpx2: huggingface_hub has had both.
+    """
     from huggingface_hub import HfFileSystem, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         copy_headers(HfFileSystem(), name, folder)
         return folder
-    except (OSError, HTTPError, HfHubHTTPError, HFValidationError, NotImplementedError) as error:
+    except (OSError, HTTPError, HFValidationError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     try:
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS), local_files_only=True))
