@@ -17,6 +17,11 @@ from nextn.errors import ConfigError
 
 ENV_PREFIX = "NEXTN_"
 CONFIG_FLAG = "--config"
+NOT_NEEDED = {
+    "--trust-remote-code": "code of a checkpoint is never run",
+    "--disable-shared-experts-fusion": "shared experts are computed with the routed ones only where both are stored alike",
+}
+"""Flags in the published commands for GLM with other servers that change nothing here → why."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -131,12 +136,14 @@ def _make_parser(program: str, options: Mapping[str, tuple[Option, Any]]) -> arg
 
 
 def _known_flags(argv: Sequence[str], options: Mapping[str, tuple[Option, Any]]) -> list[str]:
-    """argv as it is; an unknown flag is named together with the flags that look like it."""
+    """argv as it is; an unknown flag is named with why it is not needed or with the flags that look like it."""
     switches = [name for name, (option, _) in options.items() if option.kind is bool]
     known = [flag_of(name) for name in options] + [flag_of(f"no_{name}") for name in switches]
     known += [CONFIG_FLAG, "--help"]
     for word in argv:
         flag = word.split("=", 1)[0]
+        if flag in NOT_NEEDED:
+            raise ConfigError(f"{flag}: is not needed here, for {NOT_NEEDED[flag]}; leave it away")
         if flag.startswith("--") and flag not in known:
             raise ConfigError(f"{flag}: there is no such flag{_near(flag, known)}")
     return list(argv)
