@@ -19,7 +19,7 @@ ENV_PREFIX = "NEXTN_"
 CONFIG_FLAG = "--config"
 NOT_NEEDED = {
     "--trust-remote-code": "code of a checkpoint is never run",
-    "--disable-shared-experts-fusion": "shared experts are computed with the routed ones only where both are stored alike",
+    "--disable-shared-experts-fusion": "shared experts are fused only where they are stored as the routed ones",
 }
 """Flags in the published commands for GLM with other servers that change nothing here → why."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
