@@ -14,8 +14,14 @@ from nextn.protocol.messages import FromEngine, ToEngine
 
 
 def private_socket_dir() -> Path:
-    """Make a directory of mode 0700 for the sockets. The caller removes it."""
+    """Make a directory of mode 0700 for the sockets. The caller removes it.
+
+    It lies in /tmp where the path of a socket in TMPDIR would be longer than the system allows.
+    """
     path = Path(tempfile.mkdtemp(prefix="nextn-"))
+    if len(os.fsencode(path / "from_engine")) > zmq.IPC_PATH_MAX_LEN:
+        path.rmdir()
+        path = Path(tempfile.mkdtemp(prefix="nextn-", dir="/tmp"))
     os.chmod(path, 0o700)
     return path
 
