@@ -23,7 +23,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model-path", help="checkpoint folder; default: the embedded model")
-    made.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute on 2 cores")
+    made.add_argument("--quick", action="store_true", help="fewer repetitions, a minute or two on 2 cores")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return made
 
