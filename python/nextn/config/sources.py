@@ -80,7 +80,7 @@ def _text(value: Any, place: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"{place}: found {value!r}, expected text; put it in quotes")
     if value == "":
-        raise ConfigError(f"{place}: found nothing, expected text; leave it away to have the default")
+        raise ConfigError(f"{place}: found nothing, expected text; leave it out to have the default")
     return str(value)
 
 
@@ -143,7 +143,7 @@ def _known_flags(argv: Sequence[str], options: Mapping[str, tuple[Option, Any]])
     for word in argv:
         flag = word.split("=", 1)[0]
         if flag in NOT_NEEDED:
-            raise ConfigError(f"{flag}: is not needed here, for {NOT_NEEDED[flag]}; leave it away")
+            raise ConfigError(f"{flag}: is not needed here, for {NOT_NEEDED[flag]}; leave it out")
         if flag.startswith("--") and flag not in known:
             raise ConfigError(f"{flag}: there is no such flag{_near(flag, known)}")
     return list(argv)
@@ -164,7 +164,7 @@ def _from_yaml(file: str, options: Mapping[str, tuple[Option, Any]]) -> dict[str
         if name not in options:
             raise ConfigError(f"{file}: {key}: there is no such setting{_near(name, options)}")
         if name in values:
-            raise ConfigError(f"{file}: {key}: stands there twice, with - and with _; leave one away")
+            raise ConfigError(f"{file}: {key}: stands there twice, with - and with _; leave one out")
         if value is not None:
             values[name] = options[name][0].parse(value, f"{file}: {key}")
     return values

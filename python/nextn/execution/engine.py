@@ -107,7 +107,7 @@ class Engine:
         if native.cpu is None and shard.kv_cache.k.is_cpu:
             logger.warning(
                 "the compiled CPU kernels are missing, and torch computes in their place, more slowly; install a C "
-                "compiler, and nextn again"
+                "compiler, then nextn again"
             )
 
     @property
