@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from nextn.errors import ConfigError
 from nextn.protocol.channel import EngineEnd, ServerEnd, private_socket_dir
 
 
@@ -26,3 +27,11 @@ def test_sockets_are_made_however_long_the_path_of_temporary_files_is(
         assert not list(temporary.iterdir()) or directory.parent == temporary, "nothing is left behind"
     finally:
         shutil.rmtree(directory)
+
+
+def test_where_nothing_can_be_written_the_message_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"no place for the engine's sockets \(.*missing.*\); set TMPDIR"):
+        private_socket_dir()
