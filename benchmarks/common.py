@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,15 @@ from nextn.text.tokenizer import Tokenizer
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """--model-path, --quick and --json; a script adds its own."""
+    module = sys.modules["__main__"].__spec__
     made = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=None if module is None else f"python -m {module.name}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--model-path", help="checkpoint folder; default: the embedded model")
-    made.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute on 2 cores")
+    made.add_argument("--quick", action="store_true", help="fewer repetitions, a minute or two on 2 cores")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return made
 

@@ -41,6 +41,7 @@ from benchmarks.common import parser, report
 from benchmarks.mutants import MUTANTS, spoil_files
 
 CLEAN = "none"
+NOT_RUN = "not run"
 TESTS = (
     "tests/speculative/test_proposer.py",
     "tests/checkpoint",
@@ -87,7 +88,7 @@ def main() -> int:
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         rows = list(pool.imap(partial(examine, model, num_requests, num_clean, args.quick), names))
     report("Broken drafts, and who notices", rows, args.json)
-    wrong = [row for row in rows if (row["noticed"] == "yes") == (row["fault"] == CLEAN) and row["tests"] != "not run"]
+    wrong = [row for row in rows if row["noticed"] == ("yes" if row["fault"] == CLEAN else "no")]
     for row in wrong:
         print(f"\n{'a false alarm' if row['fault'] == CLEAN else 'nobody noticed'}: {row['what']}")
     return 1 if wrong else 0
@@ -111,10 +112,11 @@ def examine(model: str, num_requests: int, num_clean: int, is_quick: bool, fault
         found = run(str(folder), num_requests, 3)
     if mutant.apply is None:
         return _row(fault, mutant.what, found, "")
-    return _row(fault, mutant.what, found, "not run" if is_quick else run_tests(fault))
+    return _row(fault, mutant.what, found, NOT_RUN if is_quick else run_tests(fault))
 
 
 def _row(fault: str, what: str, found: Findings, tests: str) -> dict[str, Any]:
+    noticed = "yes" if found.is_noticed or tests not in ("", NOT_RUN) else "not known" if tests == NOT_RUN else "no"
     return {
         "fault": fault,
         "what": what,
@@ -123,7 +125,7 @@ def _row(fault: str, what: str, found: Findings, tests: str) -> dict[str, Any]:
         "monitor": found.monitor,
         "shadow": found.shadow,
         "tests": tests,
-        "noticed": "yes" if found.is_noticed or tests not in ("", "not run") else "no",
+        "noticed": noticed,
     }
 
 

@@ -47,6 +47,7 @@ MODULES = {name: name for name in SECTIONS} | {"tests": "tests_on_gpu"}
 
 def main(arguments: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
         description=(__doc__ or "").format(sections=", ".join(SECTIONS)),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = made.parse_args(arguments)
     way: Way = options.rehearse or "gpu"
     is_rehearsal = way != "gpu"
+    if not is_rehearsal and not _has_gpu():
+        made.error(
+            "torch finds no NVIDIA GPU; install its CUDA build and a driver, or try the script by --rehearse torch"
+        )
     if way == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before nextn's are imported
     chosen = [
@@ -105,6 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
     has_failed = any(isinstance(outcome, Failure) for outcome in outcomes)
     is_missed = any(isinstance(outcome, Row) and not outcome.is_met for outcome in outcomes)
     return int(has_failed or (is_missed and not is_rehearsal))
+
+
+def _has_gpu() -> bool:
+    """Asked of another process: this one is forked, and must not touch the card."""
+    command = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def _commit() -> str:

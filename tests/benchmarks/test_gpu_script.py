@@ -39,6 +39,14 @@ def rehearse(*flags: str) -> str:
     return done.stdout
 
 
+def test_without_a_gpu_one_line_says_so() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks.gpu: error: torch finds no NVIDIA GPU")
+
+
 def test_every_section_says_what_it_measured_in_both_files(tmp_path: Path) -> None:
     files = tmp_path / "gpu.json", tmp_path / "gpu.md"
     # These two start processes of their own, of which other tests know.

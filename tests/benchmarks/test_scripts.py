@@ -60,7 +60,7 @@ def test_a_lost_quantization_config_drafts_garbage_and_a_kept_one_does_not(tmp_p
 
 def test_a_broken_draft_is_noticed_and_the_model_as_it_is_raises_no_alarm(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    faults = ("none", "no-scales", "swapped-concat", "accept-all")
+    faults = ("none", "no-scales", "swapped-concat", "accept-all", "norm-twice")
     run("draft_mutants", "--quick", "--json", str(file), "--only", *faults)
     rows = {row["fault"]: row for row in json.loads(file.read_text())["rows"]}
     stages = ("load", "canary", "monitor", "shadow")
@@ -69,3 +69,7 @@ def test_a_broken_draft_is_noticed_and_the_model_as_it_is_raises_no_alarm(tmp_pa
     assert noticed["no-scales"] == ["load"]
     assert noticed["swapped-concat"] == ["canary", "monitor"]
     assert "shadow" in noticed["accept-all"]
+    said = {fault: row["noticed"] for fault, row in rows.items()}
+    assert said == dict.fromkeys(faults[1:4], "yes") | {"none": "no", "norm-twice": "not known"}, (
+        "the tests did not run"
+    )

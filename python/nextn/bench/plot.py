@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nextn.bench.metrics import chunk_gaps, chunk_tokens
 from nextn.bench.runner import Run
@@ -45,6 +46,7 @@ def _throughput(axis: Any, run: Run) -> None:
     twin.plot(edges, running, color="#f18f01", linewidth=1.8, label="running requests")
     twin.set_ylabel("running requests")
     twin.set_ylim(0, max(running) * 1.15 + 1)
+    twin.yaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [*axis.get_legend_handles_labels()[0], *twin.get_legend_handles_labels()[0]]
     axis.legend(handles=handles, loc="lower center", fontsize=8, framealpha=0.9)
     axis.grid(alpha=0.25)

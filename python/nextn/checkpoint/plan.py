@@ -149,7 +149,7 @@ def _check_method(source: Source, wanted: str | None) -> None:
     found = source.quantization.method if source.quantization is not None else "unquantized"
     if wanted is not None and wanted != found:
         raise QuantizationError(
-            f"--quantization {wanted}: the checkpoint is {found}; leave the flag away to use {found}"
+            f"--quantization {wanted}: the checkpoint is {found}; leave the flag out to use {found}"
         )
 
 
@@ -158,7 +158,7 @@ def _check_context(source: Source, wanted: int | None) -> None:
     if wanted is not None and wanted > most:
         raise ConfigError(
             f"--context-length: found {wanted}, expected at most {most}, the max_position_embeddings of "
-            f"{source.folder}/config.json; lower it, or leave the flag away for all of them"
+            f"{source.folder}/config.json; lower it, or leave the flag out for all of them"
         )
 
 

@@ -185,7 +185,7 @@ class ServerArgs:
                 f"({2 * self.page_size})"
             )
         if self.skip_tokenizer_init and (self.tool_call_parser or self.reasoning_parser or self.chat_template):
-            raise ConfigError("--skip-tokenizer-init: leaves no text for a parser or a chat template; leave one away")
+            raise ConfigError("--skip-tokenizer-init: leaves no text for a parser or a chat template; leave one out")
 
     def _check_nodes(self) -> None:
         if self.tp_size % self.nnodes:
@@ -203,7 +203,7 @@ class ServerArgs:
         for name in ("speculative_num_steps", "speculative_draft_model_path"):
             if value := getattr(self, name):
                 raise ConfigError(
-                    f"{flag_of(name)}: found {value} together with --speculative-algorithm none; leave one away"
+                    f"{flag_of(name)}: found {value} together with --speculative-algorithm none; leave one out"
                 )
 
     def _check_num_draft_tokens(self) -> None:

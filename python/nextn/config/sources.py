@@ -19,7 +19,11 @@ ENV_PREFIX = "NEXTN_"
 CONFIG_FLAG = "--config"
 LARGEST = 2**63 - 1
 """Of numbers without a bound of their own: no message between processes holds more."""
-
+NOT_NEEDED = {
+    "--trust-remote-code": "code of a checkpoint is never run",
+    "--disable-shared-experts-fusion": "shared experts are fused only where they are stored as the routed ones",
+}
+"""Flags in the published commands for GLM with other servers that change nothing here → why."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -77,7 +81,7 @@ def _text(value: Any, place: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"{place}: found {value!r}, expected text; put it in quotes")
     if value == "":
-        raise ConfigError(f"{place}: found nothing, expected text; leave it away to have the default")
+        raise ConfigError(f"{place}: found nothing, expected text; leave it out to have the default")
     return str(value)
 
 
@@ -133,12 +137,14 @@ def _make_parser(program: str, options: Mapping[str, tuple[Option, Any]]) -> arg
 
 
 def _known_flags(argv: Sequence[str], options: Mapping[str, tuple[Option, Any]]) -> list[str]:
-    """argv as it is; an unknown flag is named together with the flags that look like it."""
+    """argv as it is; an unknown flag is named with why it is not needed or with the flags that look like it."""
     switches = [name for name, (option, _) in options.items() if option.kind is bool]
     known = [flag_of(name) for name in options] + [flag_of(f"no_{name}") for name in switches]
     known += [CONFIG_FLAG, "--help"]
     for word in argv:
         flag = word.split("=", 1)[0]
+        if flag in NOT_NEEDED:
+            raise ConfigError(f"{flag}: is not needed here, for {NOT_NEEDED[flag]}; leave it out")
         if flag.startswith("--") and flag not in known:
             raise ConfigError(f"{flag}: there is no such flag{_near(flag, known)}")
     return list(argv)
@@ -159,7 +165,7 @@ def _from_yaml(file: str, options: Mapping[str, tuple[Option, Any]]) -> dict[str
         if name not in options:
             raise ConfigError(f"{file}: {key}: there is no such setting{_near(name, options)}")
         if name in values:
-            raise ConfigError(f"{file}: {key}: stands there twice, with - and with _; leave one away")
+            raise ConfigError(f"{file}: {key}: stands there twice, with - and with _; leave one out")
         if value is not None:
             values[name] = options[name][0].parse(value, f"{file}: {key}")
     return values

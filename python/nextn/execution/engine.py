@@ -19,6 +19,7 @@ from nextn.execution.outputs import check_request, output_of, refusal
 from nextn.execution.rehearsal import check_numbers, run_canary, warm_up, warm_up_kernels
 from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
 from nextn.execution.step import Stepper
+from nextn.kernels import native
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
@@ -105,6 +106,11 @@ class Engine:
             num_drafts if policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )
+        if native.cpu is None and shard.kv_cache.k.is_cpu:
+            logger.warning(
+                "the compiled CPU kernels are missing, and torch computes in their place, more slowly; install a C "
+                "compiler, then nextn again"
+            )
 
     @property
     def has_work(self) -> bool:

@@ -24,6 +24,9 @@ from nextn.execution.threads import set_num_threads
 from nextn.protocol.channel import send_last_words
 from nextn.protocol.messages import EngineFailed
 
+LOG_TIME = "%Y-%m-%dT%H:%M:%S%z"
+"""As in the server's lines."""
+
 PARENT_POLL = 0.3
 """Seconds between two looks whether the parent process still lives."""
 
@@ -83,7 +86,9 @@ def run_follower(
 
     socket_dir: where the server hears of a failure; None on nodes that have no server
     """
-    logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s %(levelname)s rank {place.rank}: %(message)s")
+    logging.basicConfig(
+        level=log_level.upper(), format=f"%(asctime)s %(levelname)s rank {place.rank}: %(message)s", datefmt=LOG_TIME
+    )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent_pid)
     try:

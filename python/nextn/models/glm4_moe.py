@@ -112,10 +112,6 @@ class Glm4MoeForCausalLM(nn.Module):
         yield from self.norm.weight_slots()
         yield from self.lm_head.weight_slots()
 
-    def redundant_names(self) -> frozenset[str]:
-        """Tensors that a checkpoint may hold although they only repeat others."""
-        return frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ())
-
     def forward(self, input_ids: torch.Tensor, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
         """Extend every sequence of the batch by its new tokens, and write their KV.
 

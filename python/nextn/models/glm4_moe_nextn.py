@@ -93,10 +93,6 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         if self.has_own_head:
             yield from self.head.weight_slots()
 
-    def redundant_names(self) -> frozenset[str]:
-        """Tensors that a checkpoint may hold although they only repeat others: none."""
-        return frozenset()
-
     def forward(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, batch: ExtendBatch, kv_cache: KVCache
     ) -> torch.Tensor:

@@ -10,12 +10,25 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from nextn.errors import ConfigError
 from nextn.protocol.messages import FromEngine, ToEngine
 
 
 def private_socket_dir() -> Path:
-    """Make a directory of mode 0700 for the sockets. The caller removes it."""
-    path = Path(tempfile.mkdtemp(prefix="nextn-"))
+    """Make a directory of mode 0700 for the sockets. The caller removes it.
+
+    It lies in /tmp where the path of a socket in TMPDIR would be longer than the system allows.
+    Raises ConfigError where nothing can be written.
+    """
+    try:
+        path = Path(tempfile.mkdtemp(prefix="nextn-"))
+        if len(os.fsencode(path / "from_engine")) > zmq.IPC_PATH_MAX_LEN:
+            path.rmdir()
+            path = Path(tempfile.mkdtemp(prefix="nextn-", dir="/tmp"))
+    except OSError as error:
+        raise ConfigError(
+            f"no place for the engine's sockets ({error}); set TMPDIR to a folder that can be written"
+        ) from error
     os.chmod(path, 0o700)
     return path
 

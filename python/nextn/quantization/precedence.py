@@ -68,7 +68,7 @@ def decide_draft_quantization(
         return DraftQuantization(stored, Dequantized(stored), f"dequantized on load: {FLAG} unquant", warning)
     if override != method:
         raise QuantizationError(
-            f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; leave the flag away to use "
+            f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; leave the flag out to use "
             f"{method}, or quantize the draft as {override}"
         )
     by_flag = replace(checked, decided_by=f"{FLAG} {override}")

@@ -30,10 +30,6 @@ def _fact(category: str, phrasings: list[str], rng: Random, fact: str, answer: s
     return Lesson(category, f"{category}/{index}/{fact}", question[0].upper() + question[1:], answer, why, expected)
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
 def capital(rng: Random) -> Lesson:
     country = rng.choice(list(facts.CAPITALS))
     town = facts.CAPITALS[country]
