@@ -71,8 +71,10 @@ class Attention:
 
     def axes(self, chosen: Knobs) -> Axes:
         return [
-            {"block_n": (32, 64, 128, 256), "num_stages": (2, 3, 4)},
-            {"num_stages": (2, 3, 4, 5), "num_warps": (2, 4, 8)},
+            {"block_n": (32, 64, 128, 256)},
+            {"block_n": (64, 128), "num_stages": (2, 3, 4)},
+            {"num_stages": (2, 3, 4, 5)},
+            {"num_warps": (2, 4, 8)},
             {"min_part": (1, 2, 4, 8, 16)},
             {"items_per_processor": (2, 3, 4, 6, 8, 12)},
             {"parts_at_once": (8, 16, 32)},
@@ -131,10 +133,11 @@ class Router:
 
     def axes(self, chosen: Knobs) -> Axes:
         return [
-            {"block_m": around(chosen["block_m"], 16, 64), "split_k": powers(32, chosen["split_k"])},
+            {"block_m": around(chosen["block_m"], 16, 64)},
             {"block_e": around(chosen["block_e"], 16, 64), "split_k": around(chosen["split_k"], 1, 32)},
-            {"block_k": around(chosen["block_k"], 32, 128), "num_stages": (3, 6, 9)},
-            {"num_stages": (2, 3, 4, 5, 6, 9)},
+            {"split_k": powers(32)},
+            {"block_k": around(chosen["block_k"], 32, 128), "num_stages": (4, chosen["num_stages"])},
+            {"num_stages": (2, 3, 4, 6, 9)},
         ]
 
     def fits(self, knobs: Knobs, machine: Machine) -> bool:

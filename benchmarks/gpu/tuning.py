@@ -135,8 +135,10 @@ def rounds(place: Place) -> list[list[Case]]:
         [
             *(Layers(layers, m, 512, can_start_early) for m in (1, 16)),
             *(case for m in few for case in (*_products("Air", air, m), *_experts("Air", air, m))),
+        ],
+        [
             *(Attention(air, batch, 4096, kind) for batch in (16, 64) for kind in kinds),
-            *(Router(air, m) for m in few),
+            *(Router(air, m) for m in (1, 16, 64)),
             *(Attention(air, *case, kind) for case in ((1, 512), (1, 2048), (16, 512), (16, 2048)) for kind in kinds),
             *(Product("head of Air", m, air.vocab_size, air.hidden_size, is_fp8=False) for m in few),
         ],
