@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu --json gpu.json --markdown gpu.md
 
-Sections: {sections}.
+Sections: {sections};
+and, where --only names it: tuning, which sweeps the kernels' tile sizes instead.
 Each runs in a process of its own and has a share of the time; what one leaves over the next ones have. One that fails
 is reported with its error, and does not stop the others. The files are written anew after every section. Every kernel
 is held to a float64 reference before it is timed. Ends with exit code 1 if a section failed or a goal was not met.
@@ -40,9 +41,11 @@ SECTIONS = {
     "draft": 80,
 }
 """Seconds of each, or its share of TOTAL."""
+ASKED_FOR = {"tuning": 520}
+"""Alike, of those that run only if they are named by --only."""
 TOTAL = 540
 """Ten minutes, less what starting Python and building take."""
-MODULES = {name: name for name in SECTIONS} | {"tests": "tests_on_gpu"}
+MODULES = {name: name for name in SECTIONS | ASKED_FOR} | {"tests": "tests_on_gpu"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "--only", nargs="+", choices=[*SECTIONS], metavar="SECTION", help="these; the machine is always measured"
+        "--only",
+        nargs="+",
+        choices=[*SECTIONS, *ASKED_FOR],
+        metavar="SECTION",
+        help="these; the machine is always measured",
     )
     made.add_argument("--skip", nargs="+", choices=[*SECTIONS], metavar="SECTION", default=[], help="all but these")
     made.add_argument("--seconds", type=float, default=TOTAL, help="for everything; default: %(default)s")
@@ -72,10 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if way == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before nextn's are imported
+    parts = SECTIONS | ASKED_FOR
     chosen = [
-        name
-        for name in SECTIONS
-        if name == "machine" or (name in (options.only or SECTIONS) and name not in options.skip)
+        name for name in parts if name == "machine" or (name in (options.only or SECTIONS) and name not in options.skip)
     ]
     modules = {name: import_module(f"benchmarks.gpu.{MODULES[name]}") for name in chosen}
     run = run_here if options.in_process else run_isolated
@@ -84,10 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     machine: Machine | None = None
     found: dict[str, list[Outcome]] = {}
     seconds: dict[str, float] = {}
-    share = options.seconds / sum(SECTIONS[name] for name in chosen)
+    share = options.seconds / sum(parts[name] for name in chosen)
     deadline = time.monotonic()
     for name in chosen:
-        deadline += SECTIONS[name] * share
+        deadline += parts[name] * share
         started = time.monotonic()
         found[name] = []
         print(f"[{name}]", flush=True)

@@ -79,16 +79,21 @@ class Place:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size or 64 << 20
         return min(max(-(-3 * cache // num_bytes), 2), MAX_COPIES)
 
-    def seconds_per_call(self, calls: Sequence[Callable[[], object]]) -> float:
-        """Median time of one of the calls, which run in turn as one recorded graph."""
+    def seconds_per_call(
+        self, calls: Sequence[Callable[[], object]], *, window: float = WINDOW, num_repeats: int = REPEATS
+    ) -> float:
+        """Median time of one of the calls, which run in turn as one recorded graph.
+
+        window: seconds that a repeat takes at least
+        """
         if self.is_rehearsal:
             started = time.perf_counter()
             for call in calls:
                 call()
             return (time.perf_counter() - started) / len(calls)
         graph = _recorded(calls)
-        repeats = max(round(WINDOW / max(_replayed(graph, 1), 1e-6)), 1)
-        return statistics.median(_replayed(graph, repeats) for _ in range(REPEATS)) / len(calls)
+        repeats = max(round(window / max(_replayed(graph, 1), 1e-6)), 1)
+        return statistics.median(_replayed(graph, repeats) for _ in range(num_repeats)) / len(calls)
 
 
 @contextmanager

@@ -17,13 +17,15 @@ import torch
 from nextn.config.model_config import ModelConfig
 from nextn.kernels.verify import NO_TOKEN
 
-from benchmarks.gpu.__main__ import SECTIONS, TOTAL
+from benchmarks.gpu import tuning
+from benchmarks.gpu.__main__ import ASKED_FOR, SECTIONS, TOTAL
+from benchmarks.gpu.candidates import Axes, Copies, Knobs, Patches, Work
 from benchmarks.gpu.floors import best_ratio, step_bytes
 from benchmarks.gpu.isolation import run_isolated
 from benchmarks.gpu.model import idle_share, layers_that_fit, pinned
 from benchmarks.gpu.place import OutOfTimeError, Place, check
 from benchmarks.gpu.report import as_markdown, cells
-from benchmarks.gpu.row import Failure, Goal, Outcome, Row
+from benchmarks.gpu.row import Failure, Goal, Machine, Outcome, Row
 from benchmarks.gpu.tests_on_gpu import functions_of_gpu, row_of
 from tests.headers import published_config
 
@@ -73,6 +75,87 @@ def test_every_section_says_what_it_measured_in_both_files(tmp_path: Path) -> No
 
 def test_kernels_run_in_tritons_interpreter_and_are_held_to_float64() -> None:
     assert "FP8 KV" in rehearse("--rehearse", "--only", "attention")
+
+
+def test_kernels_are_swept_only_where_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "tuning.json"
+    rehearse("--rehearse", "--only", "tuning", "--json", str(file))
+    section = json.loads(file.read_text())["sections"]["tuning"]
+    assert section["failures"] == []
+    rows = {row["what"]: row for row in section["rows"]}
+    for family in (
+        "W8A8 products",
+        "block-FP8 products",
+        "experts' w2",
+        "decode attention",
+        "router",
+        "decoder layers",
+    ):
+        assert any(what.startswith(family) and "chosen / best" in what for what in rows), family
+    swept = rows["qkv, 128 × 48, M = 3"]
+    chosen, best, *others = swept["details"]
+    assert (chosen["is"], best["is"]) == ("chosen", "best")
+    assert [other["num_stages"] for other in others if other["is"] == "swept"] != [chosen["num_stages"]]
+    assert swept["ratio"] >= 1
+    assert swept["measured"] == pytest.approx(chosen["us"])
+
+
+class FakeCase:
+    """Runs at a speed that its knobs say; with ``wrong`` its result is not right, and with ``broken`` it fails."""
+
+    family, what = "fakes", "a fake"
+
+    def chosen(self, machine: Machine) -> Knobs:
+        return {"speed": 2, "size": 16, "wrong": 0, "broken": 0}
+
+    def axes(self, chosen: Knobs) -> Axes:
+        return [{"speed": (1, 2, 4), "wrong": (0, 1)}, {"broken": (1,)}, {"size": (8, 64)}]
+
+    def fits(self, knobs: Knobs, machine: Machine) -> bool:
+        return knobs["size"] < 64
+
+    def patches(self, knobs: Knobs) -> Patches:
+        return ()
+
+    def work(self, device: torch.device, copies: Copies) -> Work:
+        def call(knobs: Knobs) -> int:
+            if knobs["broken"]:
+                raise RuntimeError("launch failure")
+            time.sleep(0.02 / knobs["speed"] if not knobs["wrong"] else 0.0)
+            return knobs["wrong"]
+
+        def right(got: int) -> None:
+            assert not got, "off by one"
+
+        return Work(lambda knobs: [lambda: call(knobs)], right, 1.0, 1.0)
+
+
+def test_the_fastest_way_that_is_right_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "rounds", lambda place: [[FakeCase()]])
+    monkeypatch.setattr(tuning, "compile_all", lambda *_: (1, {}))
+    monkeypatch.setattr(tuning, "NUM_REHEARSED", 100)
+    machine = Machine("card", "", "", 0, copy_bandwidth=1e9, fp8_flops=1e9)
+    every, row, summary = tuning.measure(Place("torch", time.monotonic() + 60, machine))
+    assert isinstance(every, Row)
+    assert isinstance(row, Row)
+    assert isinstance(summary, Row)
+    assert row.ratio == pytest.approx(2, rel=0.2)
+    assert "speed 2 → 4" in row.note
+    assert not row.is_met
+    errors = [str(one["error"]) for one in row.details if "error" in one]
+    assert any("launch failure" in error for error in errors)
+    assert any("off by one" in error for error in errors)
+    assert not any(one["size"] == 64 for one in row.details)
+    assert summary.details[0]["knob"] == "speed"
+    assert summary.details[0]["gain"] == pytest.approx(2, rel=0.2)
+
+
+def test_a_sweep_says_what_it_did_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "rounds", lambda place: [[FakeCase()]])
+    machine = Machine("card", "", "", 0, copy_bandwidth=1e9, fp8_flops=1e9)
+    place = Place("gpu", time.monotonic() + 1, machine)
+    with pytest.raises(OutOfTimeError, match="0 of 1 cases; not reached: a fake"):
+        list(tuning.measure(place))
 
 
 def _row(what: str) -> Row:
@@ -147,6 +230,7 @@ def _is_alive(pid: int) -> bool:
 def test_all_sections_together_take_ten_minutes_at_most() -> None:
     assert TOTAL < 600
     assert sum(SECTIONS.values()) <= TOTAL
+    assert SECTIONS["machine"] + max(ASKED_FOR.values()) <= TOTAL
 
 
 def test_the_floor_of_a_step_is_what_the_shapes_say() -> None:

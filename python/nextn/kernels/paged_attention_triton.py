@@ -24,6 +24,8 @@ SHORT = 16
 """New tokens up to which a sequence is launched apart from longer ones, and its keys are always divided."""
 MIN_PART = 4
 """Least steps over keys that are worth a program."""
+ITEMS_PER_PROCESSOR = 6
+"""A few rounds of the two or three programs that a processor holds; a sequence's last part may be shorter."""
 PARTS_AT_ONCE = 16
 """Parts that the merge adds up in one go."""
 INVARIANT_PART = 4096
@@ -145,8 +147,7 @@ def _launch_tiles(
     else:
         part_blocks = MIN_PART
         max_parts = gpu.cdiv(num_blocks, part_blocks)
-        # A few rounds of the two or three programs that a processor holds; a sequence's last part may be shorter.
-        wanted_items = gpu.cdiv(6 * processors, num_kv_heads)
+        wanted_items = gpu.cdiv(ITEMS_PER_PROCESSOR * processors, num_kv_heads)
         is_split = max_parts > 1 and (longest <= SHORT or num_tiles * num_kv_heads <= 2 * processors)
         num_items = num_tiles + min(wanted_items, num_tiles * (max_parts - 1)) if is_split else num_tiles
     sums = maxima = out
