@@ -9,19 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from nextn.checkpoint.loader import load_model
+from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.checkpoint.report import LoadReport, ModuleReport
 from nextn.config.engine_config import EngineConfig
 from nextn.execution.engine import Engine
+from safetensors.torch import load_file
 
 from tests.checkpoints import Quant, tiny_config, write_checkpoint
 
 CONFIG = tiny_config()
 
 
-def report(folder: Path, **options: Any) -> LoadReport:
+def load(folder: Path, **options: Any) -> LoadedModel:
     config = EngineConfig(model_path=str(folder), **options)
-    return load_model(config, device=torch.device("cpu"), dtype=torch.float32, want_draft=None).report
+    return load_model(config, device=torch.device("cpu"), dtype=torch.float32, want_draft=None)
+
+
+def report(folder: Path, **options: Any) -> LoadReport:
+    return load(folder, **options).report
 
 
 def by_kind(modules: tuple[ModuleReport, ...]) -> dict[str, ModuleReport]:
@@ -93,6 +98,38 @@ def test_the_report_says_where_a_decision_came_from(name: str, tmp_path: Path) -
     written, options, source = SOURCES[name]
     found = report(write_checkpoint(tmp_path, CONFIG, **written), **options)
     assert by_kind(found.draft)["o_proj"].source == source
+
+
+HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "FP8 layer": ({"quant": "channel"}, {}, True),
+    "FP8 layer, by flag": ({"quant": "channel"}, {"draft_quantization": "compressed-tensors"}, True),
+    "FP8 layer, head as stored": ({"quant": "block"}, {"draft_head": "stored"}, False),
+    "FP8 layer, dequantized": ({"quant": "block"}, {"draft_quantization": "unquant"}, False),
+    "FP8 layer, dequantized, head asked for": (
+        {"quant": "block"},
+        {"draft_quantization": "unquant", "draft_head": "fp8"},
+        True,
+    ),
+    "BF16 layer of an FP8 checkpoint": ({"quant": "channel", "draft": "bf16_ignored"}, {}, False),
+    "BF16": ({}, {}, False),
+    "BF16, head asked for": ({}, {"draft_head": "fp8"}, True),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_drafts_read_the_head_as_fp8_where_the_layer_is(name: str, own: bool, tmp_path: Path) -> None:
+    """Or where it is asked for. The target's stays as it is."""
+    written, options, is_fp8 = HEADS[name]
+    loaded = load(write_checkpoint(tmp_path, CONFIG, own_head=own, **written), **options)
+    targets = load_file(tmp_path / "model.safetensors")["lm_head.weight"].float()
+    stored = load_file(tmp_path / "mtp.safetensors")["model.layers.3.shared_head.head.weight"] if own else targets
+    assert torch.equal(loaded.target.lm_head.weight, targets)
+    assert loaded.draft is not None
+    assert torch.equal(loaded.draft.head.weight, stored.float()) == (not is_fp8)
+    torch.testing.assert_close(loaded.draft.head.weight, stored.float(), rtol=1 / 16, atol=1e-3)
+    assert loaded.report.as_table().count("drafts read it as FP8") == is_fp8
+    assert ("drafts read it as FP8" in by_kind(loaded.report.draft)["lm_head"].source) == is_fp8
 
 
 def test_a_required_method_is_the_targets_source(tmp_path: Path) -> None:

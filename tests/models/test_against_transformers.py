@@ -33,8 +33,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("the installation had no C compiler")
 
 
-def load(folder: Path) -> LoadedModel:
-    return load_model(EngineConfig(model_path=str(folder)), device=CPU, dtype=torch.float32, want_draft=None)
+def load(folder: Path, **options: Any) -> LoadedModel:
+    config = EngineConfig(model_path=str(folder), **options)
+    return load_model(config, device=CPU, dtype=torch.float32, want_draft=None)
 
 
 class Runner:
@@ -173,6 +174,12 @@ def drafted_logits(runner: Runner, prompt: list[int], next_tokens: list[int]) ->
     return torch.cat(logits)
 
 
+def through_fp8(weight: torch.Tensor) -> torch.Tensor:
+    """Every row in e4m3 by its largest value, and back."""
+    step = weight.abs().amax(1, keepdim=True) / 448
+    return (weight / step).to(torch.float8_e4m3fn).float() * step
+
+
 def expected_drafts(
     reference: NextNReference, prompt: list[int], next_tokens: list[int], *, mutation: str = ""
 ) -> torch.Tensor:
@@ -195,16 +202,22 @@ def expected_drafts(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("head", ["stored", "fp8"])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("quant", ["none", "channel", "block"])
-def test_the_draft_agrees_with_its_definition_three_steps_deep(quant: Quant, own: bool, tmp_path: Path) -> None:
+def test_the_draft_agrees_with_its_definition_three_steps_deep(
+    quant: Quant, own: bool, head: str, tmp_path: Path
+) -> None:
     config = tiny_config()
     state = random_state(config, seed=5, own_head=own, own_embedding=own)
     folder = write_checkpoint(tmp_path / "ours", config, quant=quant, state=state)
     twin = dequantized(quantized(state, quant, torch.bfloat16, lambda name: False))
     prompt = [random.Random(i).randrange(64) for i in range(21)]
-    found = drafted_logits(Runner(load(folder), 1, seed=0), prompt, [7, 8, 9])
+    found = drafted_logits(Runner(load(folder, draft_head=head), 1, seed=0), prompt, [7, 8, 9])
     oracle = transformers_model(tmp_path / "theirs", config, twin)
+    if head == "fp8":
+        name = "model.layers.3.shared_head.head.weight"
+        twin[name] = through_fp8(twin[name if own else "lm_head.weight"])
     assert_close(found, expected_drafts(NextNReference(oracle, twin), prompt, [7, 8, 9]))
     for mutation in ("swapped concat", "carried state normed twice"):
         wrong = expected_drafts(NextNReference(oracle, twin), prompt, [7, 8, 9], mutation=mutation)

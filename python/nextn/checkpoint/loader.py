@@ -103,6 +103,7 @@ def _build_draft(
         dtype=dtype,
         has_own_head=plan.has_own_head,
         has_own_embedding=plan.has_own_embedding,
+        has_fp8_head=plan.has_fp8_head,
         tp=tp,
     )
 

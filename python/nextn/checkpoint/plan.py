@@ -35,7 +35,10 @@ MUST_FIT = (
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """config: of the checkpoint the layer comes from, with the target's context length."""
+    """config: of the checkpoint the layer comes from, with the target's context length.
+
+    has_fp8_head: whether the head is quantized once loaded, for drafting alone
+    """
 
     source: Source
     config: ModelConfig
@@ -43,6 +46,7 @@ class DraftPlan:
     layout: Layout
     has_own_head: bool
     has_own_embedding: bool
+    has_fp8_head: bool
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,14 @@ def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPl
         _check_fits(source.config, draft_source)
     if want_draft is None:
         want_draft = draft_source.config.num_nextn_predict_layers > 0
-    draft = _plan_draft(draft_source, source.config, engine_config.draft_quantization) if want_draft else None
+    draft = _plan_draft(draft_source, source.config, engine_config) if want_draft else None
     if source.index is not None:
         _check_target_files(source, layout)
     if draft is not None and draft_source.index is not None:
         check_fit(draft_source.index, draft.layout, draft_source.draft_tensors.keys())
     report = LoadReport(
         report_target(source, layout),
-        report_draft(draft_source, draft.layout, source) if draft is not None else (),
+        report_draft(draft_source, draft.layout, source, has_fp8_head=draft.has_fp8_head) if draft is not None else (),
         draft.decision.reason if draft is not None else None,
         str(draft_source.folder) if draft is not None and draft_source is not source else None,
     )
@@ -122,7 +126,7 @@ def _check_target_files(source: Source, layout: Layout) -> None:
     check_fit(source.index, layout, source.index.tensors.keys() - source.draft_tensors.keys() - tied)
 
 
-def _plan_draft(source: Source, target: ModelConfig, override: str | None) -> DraftPlan:
+def _plan_draft(source: Source, target: ModelConfig, engine_config: EngineConfig) -> DraftPlan:
     prefix, tensors = source.draft_prefix, source.draft_tensors
     if source.config.num_nextn_predict_layers == 0:
         has_layer = f", although the files have {len(tensors)} tensors {prefix}*" if tensors else ""
@@ -137,12 +141,13 @@ def _plan_draft(source: Source, target: ModelConfig, override: str | None) -> Dr
             "missing file (often mtp.safetensors), or pass --speculative-algorithm none"
         )
     dtypes = {name: info.dtype for name, info in tensors.items()} if source.index is not None else None
-    decision = decide_draft_quantization(source.quantization, override, dtypes)
+    decision = decide_draft_quantization(source.quantization, engine_config.draft_quantization, dtypes)
     config = replace(source.config, max_position_embeddings=target.max_position_embeddings)
     has_own_head = f"{prefix}shared_head.head.weight" in tensors
     has_own_embedding = f"{prefix}embed_tokens.weight" in tensors
     layout = nextn_layout(config, decision.stored, has_own_head=has_own_head, has_own_embedding=has_own_embedding)
-    return DraftPlan(source, config, decision, layout, has_own_head, has_own_embedding)
+    has_fp8_head = engine_config.draft_head == "fp8" or (engine_config.draft_head == "auto" and decision.is_fp8)
+    return DraftPlan(source, config, decision, layout, has_own_head, has_own_embedding, has_fp8_head)
 
 
 def _check_method(source: Source, wanted: str | None) -> None:

@@ -76,7 +76,7 @@ def report_target(source: Source, layout: Layout) -> tuple[ModuleReport, ...]:
     return _grouped(_modules(source, layout))
 
 
-def report_draft(source: Source, layout: Layout, target: Source) -> tuple[ModuleReport, ...]:
+def report_draft(source: Source, layout: Layout, target: Source, *, has_fp8_head: bool) -> tuple[ModuleReport, ...]:
     """The NextN layer's modules, and the embedding and head that it borrows from the target."""
     own = {tensor.kind for tensor in layout.others}
     head = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
@@ -85,7 +85,12 @@ def report_draft(source: Source, layout: Layout, target: Source) -> tuple[Module
         for kind, name in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", head))
         if kind not in own
     ]
-    return (*_grouped(_modules(source, layout)), *borrowed)
+    modules = (*_grouped(_modules(source, layout)), *borrowed)
+    if not has_fp8_head:
+        return modules
+    return tuple(
+        replace(one, source=f"{one.source}; drafts read it as FP8") if one.kind == "lm_head" else one for one in modules
+    )
 
 
 def _modules(source: Source, layout: Layout) -> Iterator[ModuleReport]:

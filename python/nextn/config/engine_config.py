@@ -13,6 +13,7 @@ class EngineConfig:
     model_path: a folder in the Hugging Face layout
     draft_model_path: take the NextN layer from this folder instead of ``model_path``
     draft_quantization: None keeps what the loader detects; "unquant" dequantizes; else a method's name
+    draft_head: whether drafts read the output head as FP8 or as it is stored; "auto" is FP8 where the NextN layer is
     device: "auto" is the GPU where there is one
     dtype: computing type of what is not quantized; "auto" is float32 on a CPU, bfloat16 on a GPU
     kv_cache_dtype: "auto" is the computing type
@@ -46,6 +47,7 @@ class EngineConfig:
     decode_on_device: bool = False
     quantization: str | None = None
     draft_quantization: str | None = None
+    draft_head: Literal["auto", "fp8", "stored"] = "auto"
     context_length: int | None = None
     max_running_requests: int = 64
     max_queued_requests: int = 1024

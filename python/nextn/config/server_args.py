@@ -132,6 +132,12 @@ class ServerArgs:
         choices=(UNSET, "unquant", "compressed-tensors", "fp8"),
         kind=str,
     )
+    speculative_draft_head: str = _option(
+        "auto",
+        _SPECULATION,
+        "what drafts read of the output head; fp8: quantized on load, half the bytes; auto: fp8 where the layer is",
+        choices=("auto", "fp8", "stored"),
+    )
     speculative_canary: str = _option(
         "warn", _SPECULATION, "when the draft fails its trial at start", choices=("warn", "fail", "off")
     )
@@ -243,6 +249,7 @@ class ServerArgs:
             enable_overlap=not self.disable_overlap_schedule,
             quantization=self.quantization,
             draft_quantization=None if override == UNSET else override,
+            draft_head=_literal(self.speculative_draft_head),
             context_length=self.context_length,
             max_running_requests=self.max_running_requests,
             max_queued_requests=self.max_queued_requests,

@@ -18,6 +18,8 @@ RESERVED_SHARE = 0.10
 """Of the card, kept for activations, CUDA graphs and the allocator; what is left after weights holds KV."""
 KV_BYTES = 2
 """KV in bfloat16."""
+SCALE_BYTES = 4
+"""Of a row of a head that is quantized on load, whose elements take one byte each."""
 PARTS = ("attention", "experts", "dense and shared MLP", "embedding and head", "norms and router", "NextN layer")
 _PART_OF = {
     "qkv_proj": "attention",
@@ -61,7 +63,10 @@ class GpuMemory:
 
 
 def memory_by_tp(plan: LoadPlan, gpu_bytes: float) -> tuple[GpuMemory, ...]:
-    """Weights are counted as the files store them (a dequantized draft in two bytes), KV in bfloat16."""
+    """Weights are counted as the files store them (a dequantized draft in two bytes), KV in bfloat16.
+
+    A head that drafts read as FP8 is one of its own, beside the target's.
+    """
     return tuple(_memory(plan, gpu_bytes, tp) for tp in TP_SIZES)
 
 
@@ -73,8 +78,10 @@ def _memory(plan: LoadPlan, gpu_bytes: float, tp: int) -> GpuMemory:
         sizes[_PART_OF.get(kind, "dense and shared MLP")] += num_bytes
     if plan.draft is not None:
         expands = plan.draft.decision.config is not plan.draft.decision.stored
-        for _, num_bytes in _sizes(plan.draft.source, plan.draft.layout, config, tp, dequantized=expands):
-            sizes["NextN layer"] += num_bytes
+        for kind, num_bytes in _sizes(plan.draft.source, plan.draft.layout, config, tp, dequantized=expands):
+            sizes["NextN layer"] += 0 if kind == "lm_head" and plan.draft.has_fp8_head else num_bytes
+        if plan.draft.has_fp8_head:
+            sizes["NextN layer"] += config.vocab_size * (config.hidden_size + SCALE_BYTES) / tp
     parts = {part: math.ceil(size) for part, size in sizes.items()}
     num_layers = config.num_hidden_layers + (plan.draft is not None)
     per_token = 2 * num_layers * num_kv_heads_of(config, tp) * config.head_dim * KV_BYTES

@@ -17,6 +17,7 @@ FLAGS = (
     "speculative_algorithm",
     "speculative_draft_model_path",
     "speculative_draft_model_quantization",
+    "speculative_draft_head",
 )
 """The server's flags that change what is loaded; the doctor takes them with the server's meaning."""
 

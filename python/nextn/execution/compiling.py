@@ -52,6 +52,7 @@ def without_memory(loaded: LoadedModel, tp: TensorParallel, *, batch_invariant: 
                 dtype=draft.dtype,
                 has_own_head=draft.has_own_head,
                 has_own_embedding=draft.has_own_embedding,
+                has_fp8_head=draft.has_fp8_head,
                 tp=tp,
             )
         for model in (target, draft):

@@ -42,6 +42,8 @@ class Glm4MoeForCausalLMNextN(nn.Module):
     quant_config: what the loader detected in the checkpoint the layer comes from; it is kept. The user's override has
         been applied before (``quantization.precedence``), so there is no second place that could drop it.
     target: lends its embedding and head where the checkpoint has none for this layer
+    has_fp8_head: whether logits come from the head as FP8 codes, quantized once loaded. It is most of what a draft
+        reads; what is drafted is verified by the target's.
     tp: as for the target. eh_proj is whole on every rank: cut, it would cost as much to put together as to compute.
     """
 
@@ -55,6 +57,7 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         dtype: torch.dtype = torch.float32,
         has_own_head: bool = False,
         has_own_embedding: bool = False,
+        has_fp8_head: bool = False,
         tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
@@ -75,11 +78,12 @@ class Glm4MoeForCausalLMNextN(nn.Module):
             if has_own_embedding
             else target.embed_tokens
         )
-        self.head = (
-            OutputHead.untied(config.vocab_size, hidden, f"{name}.shared_head.head", dtype, tp)
-            if has_own_head
-            else target.lm_head
-        )
+        self.has_fp8_head = has_fp8_head
+        if has_own_head:
+            own = f"{name}.shared_head.head"
+            self.head = OutputHead.untied(config.vocab_size, hidden, own, dtype, tp, becomes_fp8=has_fp8_head)
+        else:
+            self.head = target.lm_head.fp8_copy() if has_fp8_head else target.lm_head
         self._rotary = make_rotary_table(
             config.head_dim, config.rotary_dim, config.rope_theta, config.max_position_embeddings
         )

@@ -21,12 +21,14 @@ class DraftQuantization:
 
     stored: how the tensors lie in the files
     config: what the draft's constructor gets: the same, unless FP8 is expanded (weight × scale) on load
+    is_fp8: whether the layer computes with FP8 weights
     warning: for the log, where the user should know
     """
 
     stored: CheckedQuantization
     config: QuantizationConfig
     reason: str
+    is_fp8: bool
     warning: str | None = None
 
 
@@ -59,20 +61,20 @@ def decide_draft_quantization(
     checked = CheckedQuantization(detected, draft_dtypes or {})
     method = detected.method if detected is not None and has_fp8 else "unquantized"
     if override is None:
-        return DraftQuantization(checked, checked, _detected_reason(detected, has_fp8))
+        return DraftQuantization(checked, checked, _detected_reason(detected, has_fp8), has_fp8)
     if override == "unquant":
         if not has_fp8:
-            return DraftQuantization(checked, checked, f"unquantized: {FLAG} unquant, and no tensor is FP8")
+            return DraftQuantization(checked, checked, f"unquantized: {FLAG} unquant, and no tensor is FP8", False)
         warning = f"{FLAG} unquant: the draft's FP8 weights are multiplied by their scales on load and kept unquantized"
         stored = replace(checked, decided_by=f"{FLAG} unquant: weight x scale on load")
-        return DraftQuantization(stored, Dequantized(stored), f"dequantized on load: {FLAG} unquant", warning)
+        return DraftQuantization(stored, Dequantized(stored), f"dequantized on load: {FLAG} unquant", False, warning)
     if override != method:
         raise QuantizationError(
             f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; leave the flag out to use "
             f"{method}, or quantize the draft as {override}"
         )
     by_flag = replace(checked, decided_by=f"{FLAG} {override}")
-    return DraftQuantization(by_flag, by_flag, f"{method}: {FLAG} {override}")
+    return DraftQuantization(by_flag, by_flag, f"{method}: {FLAG} {override}", has_fp8)
 
 
 def _detected_reason(detected: QuantizationConfig | None, has_fp8: bool) -> str:
