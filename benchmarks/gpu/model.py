@@ -391,9 +391,7 @@ def touched_experts(place: Place, engine: Engine, batch: int, num_drafts: int) -
     assert runner is not None, "the engine decodes on the device"
     chosen: list[torch.Tensor] = []
 
-    def noting(
-        function: Callable[..., torch.Tensor], x: torch.Tensor, ids: torch.Tensor, *others: Any, **options: Any
-    ) -> torch.Tensor:
+    def noting(function: Callable[..., Any], x: torch.Tensor, ids: torch.Tensor, *others: Any, **options: Any) -> Any:
         if ids.shape[0] == batch * (num_drafts + 1):
             chosen.append(ids)
         return function(x, ids, *others, **options)
@@ -401,7 +399,7 @@ def touched_experts(place: Place, engine: Engine, batch: int, num_drafts: int) -
     with _Running(place, engine, batch, num_drafts) as running, ExitStack() as patches:
         running.step()
         patches.enter_context(mock.patch.object(runner, "_recordings", {}))
-        for name in ("fused_moe", "fused_moe_stacked"):
+        for name in ("fused_moe", "expert_terms"):
             patches.enter_context(mock.patch.object(moe, name, partial(noting, getattr(moe, name))))
         running.step()
         running.step()

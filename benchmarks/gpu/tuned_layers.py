@@ -12,6 +12,7 @@ from nextn.kernels import gpu, paged_attention_triton, router
 from nextn.kernels.fp8_quantize import FP8
 from nextn.kernels.gpu import cdiv
 from nextn.kernels.linear import PackedWeight
+from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.paged_attention import make_attention_layout, paged_attention
 from nextn.kernels.paged_attention_triton import AttentionConfig
 from nextn.kernels.rope_and_cache import Rotation
@@ -19,6 +20,7 @@ from nextn.kernels.rotary import make_rotary_table
 from nextn.kernels.router import MAX_TOKEN_TILES, RouterConfig, route
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
+from nextn.layers.norm import Stream
 from nextn.layers.prepare import prepare_weights
 from nextn.models.glm4_moe import Glm4MoeDecoderLayer
 from nextn.quantization.compressed_tensors import CompressedTensorsConfig
@@ -251,10 +253,10 @@ class Layers:
         x = torch.randn(self.m, config.hidden_size, device=device, dtype=dtype)
 
         def step() -> torch.Tensor:
-            hidden = x
+            hidden: Stream = x
             for layer in layers:
                 hidden = layer.forward(hidden, rotation, batch, kv_cache)
-            return hidden
+            return moe_combine(hidden) if isinstance(hidden, ExpertTerms) else hidden
 
         with using(self, {"early": False, "prefetch": 0}):
             alone = step()

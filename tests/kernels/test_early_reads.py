@@ -26,6 +26,7 @@ from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.rope_and_cache import Rotation
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
+from nextn.layers.moe import MoE
 from nextn.protocol.ranks import DecodeBatch, NewSequence, SlotPatch
 from nextn.protocol.sampling import TokenSampling
 from nextn.speculative.decode_state import DecodeState
@@ -141,21 +142,33 @@ def test_decode_steps_load_early_only_what_is_old(folders: dict[Quant, Path], qu
         _decode(runner)
     assert not watch.faults
     assert set(+watch.early) == READ_EARLY
-    assert _kernels() - set(watch.launched) == ({"_quantize_rows"} if quant == "none" else set())
+    assert _kernels() - set(watch.launched) == OF_SEVERAL_RANKS | ({"_quantize_rows"} if quant == "none" else set())
+
+
+OF_SEVERAL_RANKS = {"_combine"}
+"""One rank alone has its norms sum up."""
+
+
+def _decode_as_one_of_several(runner: DecodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranks add up, gather and broadcast where one rank's step has nothing to do."""
+    for module in runner._step._target.modules():
+        if isinstance(module, MoE):
+            monkeypatch.setattr(module, "tp", TensorParallel(size=2))
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(TensorParallel, name, lambda self, x: x.mul_(1))
+    monkeypatch.setattr(TensorParallel, "gather_columns", lambda self, x, num_columns: x.clone())
+    runner.launch(DecodeBatch([0, 1], [1] * 2, 1, False, _patches(**SAMPLED))).read()
 
 
 def test_collectives_between_launches_change_nothing(
     folders: dict[Quant, Path], watch: LaunchWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several ranks add up, gather and broadcast where one rank's step has nothing to do."""
-    for name in ("all_reduce", "broadcast"):
-        monkeypatch.setattr(TensorParallel, name, lambda self, x: x.mul_(1))
-    monkeypatch.setattr(TensorParallel, "gather_columns", lambda self, x, num_columns: x.clone())
     runner = _runner(*_load(folders["channel"]))
     with watch:
-        runner.launch(DecodeBatch([0, 1], [1] * 2, 1, False, _patches(**SAMPLED))).read()
+        _decode_as_one_of_several(runner, monkeypatch)
     assert not watch.faults
     assert watch.early["merge_parts"] > 0
+    assert set(watch.launched) > OF_SEVERAL_RANKS
 
 
 @torch.inference_mode()
@@ -290,6 +303,7 @@ def test_without_waiting_every_kernel_would_show(
     runner = _runner(*_load(folders["channel"]))
     with watch:
         _decode(runner)
+        _decode_as_one_of_several(runner, monkeypatch)
 
     def blamed(what: str) -> set[str]:
         return {fault.split()[0] for fault in watch.faults if what in fault}

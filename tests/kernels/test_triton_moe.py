@@ -12,8 +12,9 @@ from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_token
 from nextn.kernels.fused_moe import StackedExperts, fused_moe_stacked
 from nextn.kernels.moe_align import max_blocks, moe_align
-from nextn.kernels.moe_combine import moe_combine
+from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.moe_matmul import MoeConfig, choose_config, expert_matmul
+from nextn.kernels.rms_norm import norm_quantize
 
 from tests.kernels.references import sum_loss
 
@@ -168,9 +169,18 @@ def test_the_sum_over_a_tokens_experts(
     all_weights = torch.cat([weights, torch.ones(num_tokens, pairs_per_token - top_k)], 1).double()
     rows = pairs.view(num_tokens, pairs_per_token, hidden).double()
     exact = (rows * all_weights[:, :, None]).sum(1) + (0 if residual is None else residual.double())
-    got = moe_combine(pairs.to(device), weights.to(device), None if residual is None else residual.to(device))
+    moved = None if residual is None else residual.to(device)
+    terms = ExpertTerms(pairs.to(device), weights.to(device), moved)
+    got = moe_combine(terms)
     # One rounding to bfloat16, of a float32 sum.
     torch.testing.assert_close(got.cpu().double(), exact, rtol=2**-8, atol=1e-5)
+    weight = (1 + 0.2 * torch.randn(hidden)).bfloat16().to(device)
+    for options in ({"quantize": False}, {"group_size": None}, {"group_size": 128}):
+        apart, fused = norm_quantize(got, weight, 1e-5, **options), norm_quantize(terms, weight, 1e-5, **options)
+        for field in ("sum", "normed", "q", "scale"):
+            a, b = getattr(apart, field), getattr(fused, field)
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a.float(), b.float()), f"{field} of {options}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nextn.kernels import gpu, native
 from nextn.kernels.fp8_quantize import quantize_per_group, quantize_per_token
 from nextn.kernels.linear import PackedWeight, linear
 from nextn.kernels.moe_align import moe_align
-from nextn.kernels.moe_combine import moe_combine
+from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.moe_matmul import choose_config, expert_matmul
 from nextn.kernels.silu_mul import silu_mul
 
@@ -160,13 +160,33 @@ def fused_moe_stacked(
 ) -> torch.Tensor:
     """Σ over a token's experts of weight · down(silu(gate(x)) · up(x)), plus the shared expert (plus residual).
 
+    Arguments as for ``expert_terms``. Returns [T, H] in x's dtype.
+    """
+    return moe_combine(
+        expert_terms(
+            x, expert_ids, expert_weights, experts, residual, quantized=quantized, batch_invariant=batch_invariant
+        )
+    )
+
+
+def expert_terms(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: StackedExperts,
+    residual: torch.Tensor | None = None,
+    *,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    batch_invariant: bool = False,
+) -> ExpertTerms:
+    """The terms of Σ over a token's experts of weight · down(silu(gate(x)) · up(x)), the shared expert and residual.
+
     FP8 matrices meet activations that are quantized per token, or per group of block_k columns; wide ones on cards
     without FP8 units. Products are summed in float32; silu · up and an expert's result are rounded to x's dtype.
 
     x: [T, H] bfloat16 or float16; expert_ids: [T, K] int64; expert_weights: [T, K] float32; residual: [T, H]
     quantized: x as it would be quantized here, and its scales, where the caller has them
     batch_invariant: cut up the products without regard to T, so that a token's result does not depend on its batch
-    Returns [T, H] in x's dtype.
     """
     num_tokens, top_k = expert_ids.shape
     is_quantized = experts.w13_scale is not None and (not gpu.suits(x) or gpu.has_fp8_units(x.device))
@@ -196,4 +216,4 @@ def fused_moe_stacked(
         out_dtype=dtype,
         experts_are_old=True,
     )
-    return moe_combine(pairs, expert_weights, residual)
+    return ExpertTerms(pairs, expert_weights, residual)

@@ -16,10 +16,12 @@ from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import QuantizationError
 from nextn.kernels import gpu
-from nextn.kernels.fused_moe import PackedExperts, StackedExperts, fused_moe, fused_moe_stacked, pack_experts
+from nextn.kernels.fused_moe import PackedExperts, StackedExperts, expert_terms, fused_moe, pack_experts
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows, pack_weight
+from nextn.kernels.moe_combine import moe_combine
 from nextn.kernels.router import MAX_TOKEN_TILES, route
 from nextn.layers.mlp import MLP, intermediate_unit
+from nextn.layers.norm import Stream
 from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, shard_scale, weight_slots
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
@@ -93,8 +95,8 @@ class MoE(nn.Module):
         linears = (shared.gate_up_proj, shared.down_proj)
         return self.experts.stacked([shard_scale(one.shards, one.scheme, one.scales)[0] for one in linears])
 
-    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x, residual: [T, H]. Returns [T, H], residual + moe(x)."""
+    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> Stream:
+        """x, residual: [T, H]. Returns [T, H], residual + moe(x); on one GPU its terms, for the next norm to sum."""
         config = self.config
         wide = x.wide if isinstance(x, Rows) else x
         assert wide is not None, "the router reads its input wide"
@@ -116,11 +118,10 @@ class MoE(nn.Module):
         if self.shared_experts is not None and not self.packed.has_shared:
             residual = self.shared_experts.term(x, residual)
         quantized = (x.q, x.scale) if isinstance(x, Rows) else None
-        return self.tp.all_reduce(
-            fused_moe_stacked(
-                wide, ids, weights, self.packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
-            )
+        terms = expert_terms(
+            wide, ids, weights, self.packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
         )
+        return terms if self.tp.size == 1 else self.tp.all_reduce(moe_combine(terms))
 
 
 def _shared_is_alike(config: ModelConfig, quant_config: QuantizationConfig | None, prefix: str) -> bool:

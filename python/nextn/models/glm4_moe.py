@@ -18,7 +18,7 @@ from nextn.layers.embedding import Embedding, OutputHead
 from nextn.layers.kv_cache import KVCache
 from nextn.layers.mlp import MLP
 from nextn.layers.moe import MoE
-from nextn.layers.norm import RMSNorm
+from nextn.layers.norm import RMSNorm, Stream
 from nextn.layers.storage import Slot
 from nextn.quantization.scheme import QuantizationConfig
 
@@ -50,18 +50,19 @@ class Glm4MoeDecoderLayer(nn.Module):
         for part in (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp):
             yield from part.weight_slots()
 
-    def forward(self, x: torch.Tensor, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> torch.Tensor:
+    def forward(self, x: Stream, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> Stream:
         """x: [T, H], the residual stream. Returns [R, H], for the tokens whose output is read; mostly all."""
         attention, mlp = self.self_attn, self.mlp
-        normed = self.input_layernorm.forward_for(x, attention.input_format)
+        x, normed = self.input_layernorm.forward_for(x, attention.input_format)
         if batch.output_rows is not None:
             x = x.index_select(0, batch.output_rows)
         x = attention.forward(normed, rotation, batch, kv_cache, residual=x)
-        return mlp.forward(self.post_attention_layernorm.forward_for(x, mlp.input_format), residual=x)
+        x, normed = self.post_attention_layernorm.forward_for(x, mlp.input_format)
+        return mlp.forward(normed, residual=x)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
         """Only write the tokens' KV, where nothing reads the output. x: [T, H]; slot_mapping: [T] int64."""
-        normed = self.input_layernorm.forward_for(x, self.self_attn.input_format)
+        _, normed = self.input_layernorm.forward_for(x, self.self_attn.input_format)
         self.self_attn.write_kv(normed, rotation, slot_mapping, kv_cache)
 
 

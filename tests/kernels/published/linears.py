@@ -40,10 +40,18 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
             ),
         )
     x, head = of(tokens, hidden), of(config.vocab_size, hidden)
+    q, per_token = (of(tokens, hidden, dtype=FP8), scales(tokens, 1)) if has_fp8_units else (x, None)
+    codes, steps = of(config.vocab_size, hidden, dtype=FP8), scales(config.vocab_size, 1)
     for invariant in (False, True):
         yield (
             f"head, batch_invariant {invariant}",
             lambda x=x, invariant=invariant: wide_matmul(x, head, out_dtype=torch.float32, batch_invariant=invariant),
+        )
+        yield (
+            f"head for drafts, batch_invariant {invariant}",
+            lambda q=q, per_token=per_token, invariant=invariant: w8a8_matmul(
+                q, per_token, codes, steps, out_dtype=torch.float32, batch_invariant=invariant
+            ),
         )
     narrow = of(hidden, hidden)
     yield "unquantized", lambda x=x: wide_matmul(x, narrow, counters=counters)
