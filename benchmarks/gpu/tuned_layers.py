@@ -186,11 +186,16 @@ class Router:
         )
 
 
+NOTHING_EARLY: Knobs = {"early": 0, "prefetch": 0, "ahead": 0}
+AHEAD = (0, 8 << 20, 16 << 20, 32 << 20)
+
+
 @dataclass(frozen=True)
 class Layers:
     """Decoder layers in a row, in which every kernel has another one before it.
 
-    Knobs: ``early``, whether a kernel's programs start before its predecessor ends; ``prefetch``, PREFETCH_BYTES
+    Knobs: ``early``, whether a kernel's programs start before its predecessor ends; ``prefetch``, PREFETCH_BYTES;
+    ``ahead``, AHEAD_BYTES of attention
     can_start_early: whether the card can
     """
 
@@ -212,10 +217,14 @@ class Layers:
         return self.config.num_hidden_layers - self.config.first_k_dense_replace
 
     def chosen(self, machine: Machine) -> Knobs:
-        return {"early": self.can_start_early, "prefetch": gpu.PREFETCH_BYTES if self.can_start_early else 0}
+        if not self.can_start_early:
+            return NOTHING_EARLY
+        return {"early": 1, "prefetch": gpu.PREFETCH_BYTES, "ahead": paged_attention_triton.AHEAD_BYTES}
 
     def axes(self, chosen: Knobs) -> Axes:
-        return [{"prefetch": PREFETCHES}, {"early": (0,), "prefetch": (0,)}] if self.can_start_early else []
+        if not self.can_start_early:
+            return []
+        return [{"prefetch": PREFETCHES}, {"ahead": AHEAD}, dict.fromkeys(NOTHING_EARLY, (0,))]
 
     def fits(self, knobs: Knobs, machine: Machine) -> bool:
         return True
@@ -223,6 +232,7 @@ class Layers:
     def patches(self, knobs: Knobs) -> Patches:
         return (
             (gpu, "PREFETCH_BYTES", knobs["prefetch"]),
+            (paged_attention_triton, "AHEAD_BYTES", knobs["ahead"]),
             (gpu, "starts_early", lambda device: bool(knobs["early"])),
         )
 
@@ -258,7 +268,7 @@ class Layers:
                 hidden = layer.forward(hidden, rotation, batch, kv_cache)
             return moe_combine(hidden) if isinstance(hidden, ExpertTerms) else hidden
 
-        with using(self, {"early": False, "prefetch": 0}):
+        with using(self, NOTHING_EARLY):
             alone = step()
 
         def right(got: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from nextn import kernels
@@ -21,8 +22,12 @@ from nextn.execution import rehearsal
 from nextn.execution.decode_runner import DecodeRunner
 from nextn.execution.engine import Engine
 from nextn.execution.memory import make_kv_cache
-from nextn.kernels import fused_moe, gpu
+from nextn.kernels import fused_moe, gpu, paged_attention_triton
+from nextn.kernels.attention_tiles import SHARE_ROWS
+from nextn.kernels.fp8_quantize import FP8
 from nextn.kernels.gpu import jit, tl, wait_for_predecessor
+from nextn.kernels.matmul_config import SMALL_M
+from nextn.kernels.paged_attention import AttentionLayout, paged_attention
 from nextn.kernels.rope_and_cache import Rotation
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
@@ -223,6 +228,43 @@ def test_an_engine_loads_early_only_what_is_old(
         run_all(engine, requests)
     assert not watch.faults
     assert set(+watch.early) == READ_EARLY
+
+
+@pytest.mark.parametrize(("dtype", "num_shares"), [(torch.bfloat16, 4), (FP8, 2)])
+def test_programs_without_keys_ask_for_the_beginning_of_the_next_weight(
+    dtype: torch.dtype, num_shares: int, watch: LaunchWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte once; and what attention returns is the same."""
+    asked: list[np.ndarray] = []
+    note = watch.prefetch
+    monkeypatch.setattr(watch, "prefetch", lambda places: (asked.append(places), note(places)))
+    share = SHARE_ROWS * gpu.PREFETCH_BYTES
+    weight = torch.zeros(num_shares * share // (96 * dtype.itemsize) + 3, 96, dtype=dtype)
+    cache = torch.randn(40, PAGE_SIZE, 2, 16).bfloat16()
+
+    def attend(lengths: list[int], weight: torch.Tensor | None) -> torch.Tensor:
+        """One more token each, over page tables with room for 640."""
+        pages = torch.arange(40).expand(len(lengths), 40)
+        ends = torch.arange(len(lengths) + 1)
+        layout = AttentionLayout(torch.tensor(lengths), ends, pages, PAGE_SIZE, 0, 1)
+        torch.manual_seed(0)
+        q = torch.randn(len(lengths), 6, 16).bfloat16()
+        with watch:
+            return paged_attention(q, cache, cache, layout, 0.25, next_weight=weight)
+
+    assert torch.equal(attend([3], None), attend([3], weight))
+    places = np.concatenate(asked)
+    bytes_asked = np.concatenate([np.arange(first, end) for first, end in places]) - weight.data_ptr()
+    assert np.array_equal(np.sort(bytes_asked), np.arange(num_shares * share))
+    asked.clear()
+    monkeypatch.setattr(paged_attention_triton, "AHEAD_BYTES", share)
+    attend([3], weight)
+    assert sum(len(places) for places in asked) * gpu.PREFETCH_BYTES // 2 == share, "no more than that"
+    asked.clear()
+    attend([639] * 8, weight)  # as many programs as have keys
+    attend([3] * (SMALL_M + 1), weight)
+    assert not asked
+    assert not watch.faults
 
 
 # What breaks the rule is found.

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from nextn.kernels.attention_parts import folded, items_of_sequences
 from nextn.kernels.fp8_dequantize import widened
-from nextn.kernels.gpu import jit, tl, wait_for_predecessor
+from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
+
+SHARE_ROWS = 64
+"""How many runs of bytes a program that has no keys asks for, of the weight that is read next."""
 
 
 @jit
@@ -137,11 +140,15 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     page_stride,
     token_stride,
     table_stride,
+    next_weight,
+    num_shares,
     HAS_FIRST_KEY: tl.constexpr,
     IS_FP8: tl.constexpr,
     WIDEN: tl.constexpr,
     PAIRED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SHARE_ROWS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     INVARIANT: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
@@ -155,6 +162,7 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     """Program (KV head, item): what runs together reads all of a token's keys, which lie side by side.
 
     IS_SPLIT: an item is a tile and a part of its keys, else a tile.
+    PREFETCH: how many bytes of the next weight are asked for in a row, by programs without an item; 0 for none
     """
     kv_head, item = tl.program_id(0), tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
@@ -164,6 +172,11 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     ends = tl.cumsum(items)
     seq = tl.sum((ends <= item).to(tl.int32))
+    if PREFETCH > 0:
+        share = (tl.num_programs(1) - 1 - item) * num_kv_heads + kv_head
+        if (seq >= num_seqs) & (share < num_shares):
+            run: tl.constexpr = PREFETCH // (next_weight.dtype.element_ty.primitive_bitwidth // 8)
+            prefetch_rows(next_weight + (share * SHARE_ROWS + tl.arange(0, SHARE_ROWS)) * run, run, PREFETCH)
     wait_for_predecessor(EARLY)  # lengths are older than the rotated queries
     if seq >= num_seqs:
         return

@@ -27,6 +27,7 @@ def paged_attention(
     layout: AttentionLayout,
     scale: float,
     *,
+    next_weight: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Grouped-query attention (Ainslie et al., 2023) of new tokens over paged keys and values.
@@ -35,12 +36,13 @@ def paged_attention(
     k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim] in q's dtype or float8_e4m3fn, the new tokens'
         entries written already
     scale: what scores are multiplied by, > 0
+    next_weight: what the result is multiplied by next; a GPU asks for its beginning where keys leave memory idle
     batch_invariant: add in an order that depends on the token's position alone
     Returns [T, num_heads, head_dim] in q's dtype; softmax in float32. A token that sees no key gets zeros; rows that
     belong to no sequence are not written.
     """
     if gpu.suits(q, k_cache, v_cache) and q.shape[2] in TRITON_HEAD_DIMS:
-        return launch_attention(q, k_cache, v_cache, layout, scale, batch_invariant)
+        return launch_attention(q, k_cache, v_cache, layout, scale, next_weight, batch_invariant=batch_invariant)
     if (
         native.cpu is not None
         and q.dtype == torch.float32

@@ -16,8 +16,9 @@ import torch
 from nextn.kernels import gpu
 from nextn.kernels.attention_layout import AttentionLayout
 from nextn.kernels.attention_parts import merge_parts
-from nextn.kernels.attention_tiles import attend_tiles
+from nextn.kernels.attention_tiles import SHARE_ROWS, attend_tiles
 from nextn.kernels.fp8_quantize import FP8
+from nextn.kernels.matmul_config import SMALL_M
 
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORT = 16
@@ -28,6 +29,8 @@ ITEMS_PER_PROCESSOR = 6
 """A few rounds of the two or three programs that a processor holds; a sequence's last part may be shorter."""
 PARTS_AT_ONCE = 16
 """Parts that the merge adds up in one go."""
+AHEAD_BYTES = 16 << 20
+"""Of the weight that is read next, at most: what memory delivers until attention is done, a third of the L2 cache."""
 INVARIANT_PART = 4096
 """Keys that are added up in a row before their sum joins the others', where the order may not depend on the batch."""
 
@@ -85,6 +88,8 @@ def launch_attention(
     v_cache: torch.Tensor,
     layout: AttentionLayout,
     scale: float,
+    next_weight: torch.Tensor | None = None,
+    *,
     batch_invariant: bool,
 ) -> torch.Tensor:
     """One launch if all sequences are short, all are long, or the order is fixed; else one for each kind."""
@@ -104,7 +109,8 @@ def launch_attention(
             gpu.shared_memory(q.device),
             batch_invariant=batch_invariant,
         )
-        _launch_tiles(q, k_cache, v_cache, layout, scale, out, (shortest, longest), config, batch_invariant)
+        lengths = (shortest, longest)
+        _launch_tiles(q, k_cache, v_cache, layout, scale, out, lengths, config, next_weight, batch_invariant)
 
     if batch_invariant or longest <= SHORT or layout.starts.shape[0] == 1:
         launch(0, longest, longest * group)
@@ -124,6 +130,7 @@ def _launch_tiles(
     out: torch.Tensor,
     lengths: tuple[int, int],
     config: AttentionConfig,
+    next_weight: torch.Tensor | None,
     batch_invariant: bool,
 ) -> None:
     """Attend for the sequences with more than lengths[0] and up to lengths[1] new tokens."""
@@ -175,6 +182,11 @@ def _launch_tiles(
         "BLOCK_N": config.block_n,
         "BLOCK_S": next(size for size in (16, 64, 256, 1024, 1 << 14) if size >= num_seqs),
     }
+    prefetch = 0
+    if next_weight is not None and is_split and num_tokens <= SMALL_M:
+        prefetch = gpu.prefetch_bytes(next_weight)
+    ahead = out if next_weight is None or not prefetch else next_weight
+    num_shares = min(AHEAD_BYTES, ahead.nbytes) // (SHARE_ROWS * prefetch) if prefetch else 0
     items = (layout.starts, layout.cu_seqlens_q, num_seqs, shortest, longest, wanted_items)
     gpu.launch(
         attend_tiles,
@@ -193,6 +205,8 @@ def _launch_tiles(
         k_cache.stride(0),
         k_cache.stride(1),
         layout.page_table.stride(0),
+        ahead,
+        num_shares,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         HAS_FIRST_KEY=layout.first_key > 0,
@@ -200,6 +214,8 @@ def _launch_tiles(
         WIDEN=is_widened,
         PAIRED=is_paired,
         PAGE_SIZE=layout.page_size,
+        PREFETCH=prefetch,
+        SHARE_ROWS=SHARE_ROWS,
         **sizes,
     )
     if is_split:

@@ -104,7 +104,15 @@ class Attention(nn.Module):
         q, k_cache, v_cache = self._rotate_and_write(self.qkv_proj.forward(x), rotation, batch.slot_mapping, kv_cache)
         if batch.output_rows is not None:
             q = q.index_select(0, batch.output_rows)
-        attended = paged_attention(q, k_cache, v_cache, batch.layout, self.scale, batch_invariant=self.batch_invariant)
+        attended = paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.layout,
+            self.scale,
+            next_weight=self.o_proj.packed.weight,
+            batch_invariant=self.batch_invariant,
+        )
         out = self.o_proj.forward(attended.reshape(q.shape[0], -1), residual if self.tp.is_first else None)
         return self.tp.all_reduce(out)
 

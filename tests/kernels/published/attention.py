@@ -22,6 +22,7 @@ QUERY_LENS = {1: (1,), 4: (4,), 16: (1,), 64: (1, 4, 64), 512: (6, 512), 8192: (
 
 def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[Call]:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    o_proj = of(config.hidden_size, heads * dim, dtype=FP8 if has_fp8_units else torch.bfloat16)
     for kv_dtype in (torch.bfloat16, FP8):
         k, v = (of(NUM_PAGES, PAGE_SIZE, kv_heads, dim, dtype=kv_dtype) for _ in range(2))
         for query_len in QUERY_LENS[tokens]:
@@ -32,7 +33,13 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
                         f"attention from key {first_key}, {query_len} per sequence, {max_pages} pages of {kv_dtype}, "
                         f"batch_invariant {invariant}",
                         lambda k=k, v=v, layout=layout, invariant=invariant: paged_attention(
-                            of(tokens, heads, dim), k, v, layout, dim**-0.5, batch_invariant=invariant
+                            of(tokens, heads, dim),
+                            k,
+                            v,
+                            layout,
+                            dim**-0.5,
+                            next_weight=o_proj,
+                            batch_invariant=invariant,
                         ),
                     )
         table = RotaryTable(
