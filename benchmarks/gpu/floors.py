@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nextn.config.model_config import ModelConfig
 
-BF16, FLOAT32 = 2, 4
+FP8, BF16, FLOAT32 = 1, 2, 4
 
 
 def expert_bytes(config: ModelConfig) -> int:
@@ -18,9 +18,9 @@ def attention_bytes(config: ModelConfig) -> int:
     return config.hidden_size * (2 * queries + 2 * keys)
 
 
-def head_bytes(config: ModelConfig) -> int:
-    """The output head, in BF16."""
-    return config.vocab_size * config.hidden_size * BF16
+def head_bytes(config: ModelConfig, element_size: int = BF16) -> int:
+    """The output head."""
+    return config.vocab_size * config.hidden_size * element_size
 
 
 def touched_experts(config: ModelConfig, num_tokens: int) -> float:
@@ -47,10 +47,10 @@ def step_bytes(config: ModelConfig, num_tokens: int, touched: float | None = Non
     return num_dense * dense + layers + head_bytes(config)
 
 
-def draft_bytes(config: ModelConfig, num_tokens: int, touched: float | None = None) -> float:
-    """One draft for each of num_tokens sequences."""
-    touched = touched_experts(config, num_tokens) if touched is None else touched
-    return moe_layer_bytes(config, touched) + head_bytes(config) + 2 * config.hidden_size**2 * BF16
+def draft_bytes(config: ModelConfig, num_tokens: int, head_size: int = FP8) -> float:
+    """One draft for each of num_tokens sequences. head_size: of an element of the head that drafts read"""
+    layer = moe_layer_bytes(config, touched_experts(config, num_tokens))
+    return layer + head_bytes(config, head_size) + 2 * config.hidden_size**2 * BF16
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, element_size: int) -> int:
@@ -58,7 +58,7 @@ def kv_bytes(config: ModelConfig, num_tokens: int, element_size: int) -> int:
     return 2 * num_tokens * config.num_key_value_heads * config.head_dim * element_size
 
 
-def best_ratio(config: ModelConfig, batch: int, num_drafts: int, accept_length: float) -> float:
+def best_ratio(config: ModelConfig, batch: int, num_drafts: int, accept_length: float, head_size: int = FP8) -> float:
     """What drafts can gain at best in throughput, by bytes alone and with random choice of experts."""
-    cycle = step_bytes(config, batch * (num_drafts + 1)) + num_drafts * draft_bytes(config, batch)
+    cycle = step_bytes(config, batch * (num_drafts + 1)) + num_drafts * draft_bytes(config, batch, head_size)
     return accept_length * step_bytes(config, batch) / cycle

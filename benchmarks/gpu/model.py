@@ -33,7 +33,7 @@ from nextn.protocol.ranks import DecodeBatch
 from nextn.protocol.sampling import TokenSampling
 from nextn.speculative.decode_step import DecodeStep
 
-from benchmarks.gpu.floors import best_ratio, kv_bytes, moe_layer_bytes, step_bytes
+from benchmarks.gpu.floors import FP8, best_ratio, head_bytes, kv_bytes, moe_layer_bytes, step_bytes
 from benchmarks.gpu.place import Place, attempt
 from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of, raw_config
@@ -113,8 +113,8 @@ def _num_layers(place: Place) -> int:
 def layers_that_fit(config: ModelConfig, num_bytes: int, num_tokens: int) -> int:
     """Layers of a model, beside embedding, head, NextN layer, KV of num_tokens tokens and room to compute."""
     layer = int(moe_layer_bytes(config, config.n_routed_experts)) + kv_bytes(config, num_tokens, 2)
-    embedding_and_head = 2 * config.vocab_size * config.hidden_size * 2
-    fixed = embedding_and_head + layer + num_tokens * config.hidden_size * 2 + WORKING_BYTES
+    embedding_and_heads = 2 * head_bytes(config) + head_bytes(config, FP8)
+    fixed = embedding_and_heads + layer + num_tokens * config.hidden_size * 2 + WORKING_BYTES
     return max(min((num_bytes - fixed) // layer, config.num_hidden_layers), config.first_k_dense_replace + 1)
 
 

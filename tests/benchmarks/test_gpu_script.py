@@ -20,7 +20,7 @@ from nextn.kernels.verify import NO_TOKEN
 from benchmarks.gpu import tuning
 from benchmarks.gpu.__main__ import ASKED_FOR, SECTIONS, TOTAL
 from benchmarks.gpu.candidates import Axes, Copies, Knobs, Patches, Work
-from benchmarks.gpu.floors import best_ratio, step_bytes
+from benchmarks.gpu.floors import BF16, FP8, best_ratio, step_bytes
 from benchmarks.gpu.isolation import run_isolated
 from benchmarks.gpu.model import idle_share, layers_that_fit, pinned
 from benchmarks.gpu.place import OutOfTimeError, Place, check
@@ -238,7 +238,9 @@ def test_the_floor_of_a_step_is_what_the_shapes_say() -> None:
     assert step_bytes(AIR, 1) / 4.3e12 == pytest.approx(3.1e-3, rel=0.02)
     for batch, milliseconds, best in ((1, 3.1, 1.17), (4, 6.9, 1.16), (16, 16.6, 1.88), (64, 24.5, 2.69)):
         assert 1e3 * step_bytes(AIR, batch) / 4.3e12 == pytest.approx(milliseconds, rel=0.03)
-        assert best_ratio(AIR, batch, 3, 3.0) == pytest.approx(best, rel=0.03)
+        assert best_ratio(AIR, batch, 3, 3.0, BF16) == pytest.approx(best, rel=0.03)
+    saved = best_ratio(AIR, 1, 3, 3.0, FP8) / best_ratio(AIR, 1, 3, 3.0, BF16)
+    assert saved == pytest.approx(1.06, rel=0.01), "a head of half the bytes, read three times in a cycle of 8 ms"
 
 
 def test_as_many_layers_are_measured_as_a_card_holds() -> None:

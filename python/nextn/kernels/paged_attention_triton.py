@@ -187,10 +187,11 @@ def _launch_tiles(
         prefetch = gpu.prefetch_bytes(next_weight)
     ahead = out if next_weight is None or not prefetch else next_weight
     num_shares = min(AHEAD_BYTES, ahead.nbytes) // (SHARE_ROWS * prefetch) if prefetch else 0
+    num_programs = max(num_items, gpu.cdiv(num_shares, num_kv_heads))
     items = (layout.starts, layout.cu_seqlens_q, num_seqs, shortest, longest, wanted_items)
     gpu.launch(
         attend_tiles,
-        (num_kv_heads, num_items),
+        (num_kv_heads, num_programs),
         q,
         *caches,
         out,
