@@ -8,8 +8,8 @@ import pytest
 import torch
 from nextn.kernels import gpu, paged_attention_triton
 from nextn.kernels.attention_layout import AttentionLayout, make_attention_layout
-from nextn.kernels.fp8_quantize import FP8
-from nextn.kernels.paged_attention import paged_attention
+from nextn.kernels.fp8_quantize import FP8, _quantize_reference
+from nextn.kernels.paged_attention import paged_attention, paged_attention_quantized
 
 SPANS = [(0, 1), (62, 1), (63, 4), (200, 5), (0, 16), (130, 17), (3, 70), (500, 1), (300, 6)]
 """First new position and number of new tokens."""
@@ -64,6 +64,10 @@ class Case:
         return torch.cat(outs), torch.cat(sizes)
 
     def attend(self, device: torch.device, *, batch_invariant: bool = False) -> torch.Tensor:
+        return paged_attention(*self.there(device), batch_invariant=batch_invariant).cpu()
+
+    def there(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionLayout, float]:
+        """Queries, keys, values, layout and scale."""
         layout = self.layout
         moved = AttentionLayout(
             layout.starts.to(device),
@@ -73,8 +77,7 @@ class Case:
             layout.first_key,
             layout.max_query_len,
         )
-        parts = (self.q.to(device), self.k.to(device), self.v.to(device))
-        return paged_attention(*parts, moved, self.scale, batch_invariant=batch_invariant).cpu()
+        return self.q.to(device), self.k.to(device), self.v.to(device), moved, self.scale
 
     def check(self, device: torch.device, *, batch_invariant: bool = False) -> None:
         found = self.attend(device, batch_invariant=batch_invariant)
@@ -83,6 +86,10 @@ class Case:
         # The softmax's weights and the result are rounded once each; float32 sums lose a few last bits.
         unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}[self.q.dtype]
         assert bool(((found.double() - exact).abs() <= 2 * unit * sizes + 1e-6).all())
+        codes, scales = paged_attention_quantized(*self.there(device), batch_invariant=batch_invariant)
+        expected, expected_scales = _quantize_reference(found.flatten(1), found.shape[2])
+        assert torch.equal(scales.cpu(), expected_scales)
+        assert torch.equal(codes.cpu().float(), expected.float())
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8])

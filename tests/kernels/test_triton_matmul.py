@@ -44,6 +44,23 @@ def test_per_token_and_per_channel(size: tuple[int, int, int], epilogue: str, de
     torch.testing.assert_close(rounded.cpu().double(), exact, rtol=2**-8, atol=float(parts.max()) * loss)
 
 
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("size", [(1, 64, 128), (3, 100, 384), (64, 70, 1152), (65, 130, 256), (200, 300, 256)])
+def test_per_group_and_per_channel(size: tuple[int, int, int], group: int, device: torch.device) -> None:
+    """Attention's heads have scales of their own, whatever the weight's are."""
+    m, n, k = size
+    x, x_scale = quantize_per_group(torch.randn(m, k) * torch.logspace(-2, 2, k), group)
+    w, w_scale = quantize_per_channel(torch.randn(n, k))
+    residual = torch.randn(m, n)
+    wide_x, wide_w = x.double() * x_scale.double().repeat_interleave(group, 1), w.double() * w_scale.double()
+    exact, parts = wide_x @ wide_w.T + residual.double(), wide_x.abs() @ wide_w.abs().T + residual.double().abs()
+    moved = [None if t is None else t.to(device) for t in (x, x_scale, w, w_scale, None, residual)]
+    loss = sum_loss(x, device)
+    for batch_invariant in (False, True):
+        _check(w8a8_matmul(*moved, batch_invariant=batch_invariant), exact, parts, loss)  # type: ignore[arg-type]
+    _check(w8a8_matmul(x, x_scale, w, w_scale, None, residual), exact, parts, loss)
+
+
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), (48, 256)])
 @pytest.mark.parametrize("size", SIZES)
 def test_per_block(size: tuple[int, int, int], block: tuple[int, int], device: torch.device) -> None:

@@ -6,6 +6,7 @@ read once. It is limited by latency, since parts are few.
 
 from __future__ import annotations
 
+from nextn.kernels.fp8_quantize import quantized_rows
 from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 
@@ -57,9 +58,27 @@ def folded(sums, maxima, totals, other_sums, other_maxima, other_totals):  # typ
     return tl.fma(sums, wide, other_sums * other_factor[:, None]), highest, totals
 
 
+@jit
+def store_means(means, out, scales, rows, is_row, dtype: tl.constexpr, QUANTIZE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store what attention comes to, rounded to dtype; with QUANTIZE in FP8 then, with a scale per row.
+
+    means: [M, HEAD_DIM] float32; rows: [M], (token, head) pairs
+    """
+    places = rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    rounded = means.to(dtype)
+    if QUANTIZE:
+        codes, each = quantized_rows(rounded.to(tl.float32))
+        tl.store(scales + rows, each, mask=is_row)
+        tl.store(out + places, codes, mask=is_row[:, None])
+    else:
+        tl.store(out + places, rounded, mask=is_row[:, None])
+
+
 @jit(varying=("starts", "cu_seqlens_q", "num_seqs", "shortest", "longest", "wanted_items", "num_items"))
 def merge_parts(  # type: ignore[no-untyped-def]
+    q,
     out,
+    scales,
     sums_of_items,
     maxima_of_items,
     starts,
@@ -69,6 +88,7 @@ def merge_parts(  # type: ignore[no-untyped-def]
     longest,
     wanted_items,
     num_items,
+    QUANTIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -80,7 +100,10 @@ def merge_parts(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Program (token, head): adds the parts of its row, if there are several, CHUNK at a time and in their order."""
+    """Program (token, head): adds the parts of its row, if there are several, CHUNK at a time and in their order.
+
+    q: only says what type the result is rounded to
+    """
     token, head = tl.program_id(0), tl.program_id(1)
     seqs = tl.arange(0, BLOCK_S)
     lasts = tl.load(cu_seqlens_q + seqs + 1, mask=seqs < num_seqs, other=2**62, cache_modifier=".cg")
@@ -124,6 +147,6 @@ def merge_parts(  # type: ignore[no-untyped-def]
         chunk_totals = tl.sum(part_totals * factors, 0) + tl.zeros((1,), tl.float32)
         chunk_maxima = highest + tl.zeros((1,), tl.float32)
         sums, maxima, totals = folded(sums, maxima, totals, chunk_sums, chunk_maxima, chunk_totals)
-    places = (token.to(tl.int64) * num_heads + head) * HEAD_DIM + dims[None, :]
     mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
-    tl.store(out + places, mean.to(out.dtype.element_ty))
+    place = token.to(tl.int64) * num_heads + head + tl.zeros((1,), tl.int64)
+    store_means(mean, out, scales, place, place >= 0, q.dtype.element_ty, QUANTIZE, HEAD_DIM)

@@ -7,7 +7,7 @@ registers and shared memory decide how many programs share a processor.
 
 from __future__ import annotations
 
-from nextn.kernels.attention_parts import folded, items_of_sequences
+from nextn.kernels.attention_parts import folded, items_of_sequences, store_means
 from nextn.kernels.fp8_dequantize import widened
 from nextn.kernels.gpu import jit, prefetch_rows, tl, wait_for_predecessor
 
@@ -124,6 +124,7 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     k_cache,
     v_cache,
     out,
+    scales,
     sums_of_items,
     maxima_of_items,
     starts,
@@ -149,6 +150,7 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     PAGE_SIZE: tl.constexpr,
     PREFETCH: tl.constexpr,
     SHARE_ROWS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     INVARIANT: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
@@ -265,8 +267,4 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     rows = tl.minimum(tile, num_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
     heads = (first_row + rows // GROUP) * (num_kv_heads * GROUP) + kv_head * GROUP + rows % GROUP
     mean = sums * (1.0 / tl.where(totals > 0, totals, 1.0))[:, None]
-    tl.store(
-        out + heads[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :],
-        mean.to(out.dtype.element_ty),
-        mask=(rows < num_rows)[:, None],
-    )
+    store_means(mean, out, scales, heads, rows < num_rows, q.dtype.element_ty, QUANTIZE, HEAD_DIM)

@@ -122,18 +122,24 @@ def store_quantized(values, q, scale, row, columns, GROUP: tl.constexpr, BLOCK: 
         one = tl.where(one > 0, one, 1.0)
         tl.store(scale + row, one)
         scaled = tl.math.div_rn(values, tl.zeros((BLOCK,), tl.float32) + one)
+        codes = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     else:
         groups: tl.constexpr = BLOCK // GROUP
-        grouped = tl.reshape(values, (groups, GROUP))
-        each = tl.math.div_rn(tl.max(tl.abs(grouped), 1), tl.full((groups,), 448.0, tl.float32))
-        each = tl.where(each > 0, each, 1.0)
+        grouped, each = quantized_rows(tl.reshape(values, (groups, GROUP)))
+        codes = tl.reshape(grouped, (BLOCK,))
         num_groups = tl.cdiv(columns, GROUP)
         index = tl.arange(0, groups)
         tl.store(scale + row * num_groups + index, each, mask=index < num_groups)
-        wide = tl.broadcast_to(each[:, None], (groups, GROUP))
-        scaled = tl.reshape(tl.math.div_rn(grouped, wide), (BLOCK,))
-    codes = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     tl.store(q + row * columns + offsets, codes, mask=offsets < columns)
+
+
+@jit
+def quantized_rows(values):  # type: ignore[no-untyped-def]
+    """Codes [M, K] and a scale per row [M] of float32 values; what is not a number stays so."""
+    scales = tl.math.div_rn(tl.max(tl.abs(values), 1), tl.full((values.shape[0],), 448.0, tl.float32))
+    scales = tl.where(scales > 0, scales, 1.0)
+    scaled = tl.math.div_rn(values, tl.broadcast_to(scales[:, None], values.shape))
+    return tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv), scales
 
 
 @jit

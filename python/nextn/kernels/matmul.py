@@ -73,9 +73,10 @@ def w8a8_matmul(
     counters: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """(x · x_scale) (weight · weight_scale)ᵀ + bias + residual, the scales applied to the float32 sum.
+    """(x · x_scale) (weight · weight_scale)ᵀ + bias + residual, the scales applied to float32 sums.
 
-    x: [M, K] float8_e4m3fn with x_scale [M, 1] float32 or one element; or bfloat16 or float16 without a scale
+    x: [M, K] float8_e4m3fn with x_scale [M, 1] float32, or one element, or [M, G], each for K / G columns, 32 or a
+        larger power of two; or bfloat16 or float16 without a scale
     weight: [N, K] float8_e4m3fn; weight_scale: [N, 1] float32, or one element
     bias: [N]; residual: [M, N]
     counters: [MAX_TILES] int32 of zeros, which are zeros again afterwards; made where not given
@@ -86,8 +87,16 @@ def w8a8_matmul(
         return _launch_matmul(
             x, x_scale, weight, weight_scale, None, bias, residual, out_dtype, counters, batch_invariant
         )
+    if x_scale is not None and (group := _columns_per_scale(x, x_scale)) is not None:
+        out = (x.float() * x_scale.repeat_interleave(group, 1)) @ weight.float().t() * weight_scale.view(1, -1)
+        return _finished(out, bias, residual, out_dtype)
     out = (x.float() @ weight.float().t()) * weight_scale.view(1, -1)
     return _finished(out if x_scale is None else out * x_scale, bias, residual, out_dtype)
+
+
+def _columns_per_scale(x: torch.Tensor, x_scale: torch.Tensor) -> int | None:
+    """None where a scale is that of a whole row, or of all."""
+    return x.shape[1] // x_scale.shape[1] if x_scale.dim() == 2 and x_scale.shape[1] > 1 else None
 
 
 def block_fp8_matmul(
@@ -175,7 +184,12 @@ def _launch_matmul(
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if m == 0:
         return out
-    plan = plan_matmul(weight, weight_scale, block, out, counters, x_dtype=x.dtype, batch_invariant=batch_invariant)
+    if block is not None or x_scale is None:
+        groups = block
+    else:
+        columns = _columns_per_scale(x, x_scale)
+        groups = None if columns is None else (1, columns)
+    plan = plan_matmul(weight, weight_scale, groups, out, counters, x_dtype=x.dtype, batch_invariant=batch_invariant)
     by_descriptor = (
         m >= MIN_ROWS_FOR_DESCRIPTORS
         and not plan.config.transposed
@@ -203,6 +217,7 @@ def _launch_matmul(
         plan.weight_scale_stride,
         **plan.options,
         HAS_X_SCALE=x_scale is not None,
+        WEIGHT_BY_GROUP=block is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BY_DESCRIPTOR=by_descriptor,
@@ -232,6 +247,7 @@ def _matmul(  # type: ignore[no-untyped-def]
     GROUP_K: tl.constexpr,
     HAS_X_SCALE: tl.constexpr,
     HAS_WEIGHT_SCALE: tl.constexpr,
+    WEIGHT_BY_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -245,7 +261,10 @@ def _matmul(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Program (tile, split). GROUP_K: 0 for scales per row and channel, else scales per group along K."""
+    """Program (tile, split).
+
+    GROUP_K: 0 for scales per row and channel, else x's scales are per group along K; WEIGHT_BY_GROUP: the weight's too
+    """
     row, column = tile_at(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     # Rows and columns beyond the end read the first ones, and are not stored.
@@ -290,6 +309,7 @@ def _matmul(  # type: ignore[no-untyped-def]
                 weight_scale_stride,
                 GROUP_N,
                 HAS_X_SCALE,
+                WEIGHT_BY_GROUP,
                 TRANSPOSED,
                 BLOCK_N,
             )
@@ -310,7 +330,7 @@ def _matmul(  # type: ignore[no-untyped-def]
         x_scale_stride,
         weight_scale_stride,
         HAS_X_SCALE and GROUP_K == 0,
-        HAS_WEIGHT_SCALE and GROUP_K == 0,
+        HAS_WEIGHT_SCALE and not WEIGHT_BY_GROUP,
         HAS_BIAS,
         HAS_RESIDUAL,
         TRANSPOSED,

@@ -49,11 +49,18 @@ def scaled_by_group(  # type: ignore[no-untyped-def]
     weight_scale_stride,
     GROUP_N: tl.constexpr,
     HAS_X_SCALE: tl.constexpr,
+    WEIGHT_BY_GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A step's products times the scales of its group along K. column: the tile's first."""
-    if GROUP_N % BLOCK_N == 0:  # one scale for all of the tile's columns
+    """A step's products times the scales of its group along K. column: the tile's first.
+
+    WEIGHT_BY_GROUP: whether the weight has some; else x has
+    """
+    if not WEIGHT_BY_GROUP:
+        scale = tl.load(x_scale + rows * x_scale_stride + group)
+        partial *= scale[None, :] if TRANSPOSED else scale[:, None]
+    elif GROUP_N % BLOCK_N == 0:  # one scale for all of the tile's columns
         scale = tl.load(weight_scale + column // GROUP_N * weight_scale_stride + group)
         if HAS_X_SCALE:
             scale *= tl.load(x_scale + rows * x_scale_stride + group)

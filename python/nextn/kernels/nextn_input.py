@@ -287,6 +287,7 @@ def _project(  # type: ignore[no-untyped-def]
                     weight_scale_stride,
                     GROUP_N,
                     False,
+                    True,
                     TRANSPOSED,
                     BLOCK_N,
                 )

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from nextn.kernels import gpu, native
 from nextn.kernels.attention_layout import AttentionLayout, QueryGroup, make_attention_layout
+from nextn.kernels.fp8_quantize import quantize_per_group
 from nextn.kernels.paged_attention_triton import TRITON_HEAD_DIMS, launch_attention
 
-__all__ = ["AttentionLayout", "make_attention_layout", "paged_attention"]
+__all__ = ["AttentionLayout", "make_attention_layout", "paged_attention", "paged_attention_quantized"]
 
 NATIVE_HEAD_DIMS = (16, 32, 64, 128)
 MAX_FOLDED_QUERIES = 32
@@ -42,7 +43,7 @@ def paged_attention(
     belong to no sequence are not written.
     """
     if gpu.suits(q, k_cache, v_cache) and q.shape[2] in TRITON_HEAD_DIMS:
-        return launch_attention(q, k_cache, v_cache, layout, scale, next_weight, batch_invariant=batch_invariant)
+        return launch_attention(q, k_cache, v_cache, layout, scale, next_weight, batch_invariant=batch_invariant)[0]
     if (
         native.cpu is not None
         and q.dtype == torch.float32
@@ -78,6 +79,30 @@ def paged_attention(
     for group in groups:
         out[group.rows] = _attend(q[group.rows], k_cache, v_cache, group, scale)
     return out
+
+
+def paged_attention_quantized(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    layout: AttentionLayout,
+    scale: float,
+    *,
+    next_weight: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``paged_attention``, and each head's result quantized in the same pass, as ``quantize_per_group`` would.
+
+    Returns [T, num_heads · head_dim] float8_e4m3fn, and scales [T, num_heads] float32.
+    """
+    if gpu.suits(q, k_cache, v_cache) and q.shape[2] in TRITON_HEAD_DIMS:
+        out, scales = launch_attention(
+            q, k_cache, v_cache, layout, scale, next_weight, quantize=True, batch_invariant=batch_invariant
+        )
+        assert scales is not None, "they were asked for"
+        return out.view(q.shape[0], -1), scales
+    attended = paged_attention(q, k_cache, v_cache, layout, scale)
+    return quantize_per_group(attended.reshape(q.shape[0], -1), q.shape[2])
 
 
 def _attend(

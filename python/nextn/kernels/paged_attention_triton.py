@@ -90,14 +90,19 @@ def launch_attention(
     scale: float,
     next_weight: torch.Tensor | None = None,
     *,
+    quantize: bool = False,
     batch_invariant: bool,
-) -> torch.Tensor:
-    """One launch if all sequences are short, all are long, or the order is fixed; else one for each kind."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One launch if all sequences are short, all are long, or the order is fixed; else one for each kind.
+
+    Returns the result [T, num_heads, head_dim], and with ``quantize`` its scales [T, num_heads].
+    """
     if q.stride()[1:] != (q.shape[2], 1):
         q = q.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=FP8 if quantize else q.dtype, device=q.device)
+    scales = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if quantize else None
     if q.shape[0] == 0:
-        return out
+        return out, scales
     longest, group = layout.max_query_len, q.shape[1] // k_cache.shape[2]
 
     def launch(shortest: int, longest: int, num_rows: int) -> None:
@@ -110,7 +115,7 @@ def launch_attention(
             batch_invariant=batch_invariant,
         )
         lengths = (shortest, longest)
-        _launch_tiles(q, k_cache, v_cache, layout, scale, out, lengths, config, next_weight, batch_invariant)
+        _launch_tiles(q, k_cache, v_cache, layout, scale, out, scales, lengths, config, next_weight, batch_invariant)
 
     if batch_invariant or longest <= SHORT or layout.starts.shape[0] == 1:
         launch(0, longest, longest * group)
@@ -118,7 +123,7 @@ def launch_attention(
         launch(SHORT, longest, longest * group)
         # Beside prompts, most of the short ones are as short as drafts are.
         launch(0, SHORT, 5 * group)
-    return out
+    return out, scales
 
 
 def _launch_tiles(
@@ -128,6 +133,7 @@ def _launch_tiles(
     layout: AttentionLayout,
     scale: float,
     out: torch.Tensor,
+    scales: torch.Tensor | None,
     lengths: tuple[int, int],
     config: AttentionConfig,
     next_weight: torch.Tensor | None,
@@ -173,6 +179,7 @@ def _launch_tiles(
     is_widened = is_fp8 and not gpu.has_fp8_units(q.device)
     caches = [cache.view(torch.uint8) if is_widened else cache for cache in (k_cache, v_cache)]
     sizes = {
+        "QUANTIZE": scales is not None,
         "IS_SPLIT": is_split,
         "INVARIANT": batch_invariant,
         "PART_BLOCKS": part_blocks,
@@ -195,6 +202,7 @@ def _launch_tiles(
         q,
         *caches,
         out,
+        out if scales is None else scales,
         sums,
         maxima,
         *items,
@@ -223,7 +231,9 @@ def _launch_tiles(
         gpu.launch(
             merge_parts,
             (num_tokens, num_heads),
+            q,
             out,
+            out if scales is None else scales,
             sums,
             maxima,
             *items,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import ConfigError
 from nextn.kernels.linear import InputFormat, Rows, linear, rows_from
-from nextn.kernels.paged_attention import paged_attention
+from nextn.kernels.paged_attention import AttentionLayout, paged_attention, paged_attention_quantized
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
 from nextn.layers.batch import ExtendBatch
 from nextn.layers.kv_cache import KVCache
@@ -20,12 +21,17 @@ from nextn.layers.linear import Linear
 from nextn.layers.storage import Shard, Slot
 from nextn.quantization.scheme import QuantizationConfig
 
+MIN_GROUP = 32
+"""The fewest columns with a scale of their own that products take."""
+
 
 class Attention(nn.Module):
     """One layer's attention over the KV pool's layer ``layer``: the rank's heads of it.
 
     qk_norm: [2, head_dim], the RMSNorm weights of all query heads and of all key heads, or None
     input_format: how its input should come; None for wide
+    quantizes_heads: whether each head's result goes to o_proj in FP8 with a scale of its own: finer than per token, and
+        not a pass of its own
     packed_kv: the rows of k and v in qkv_proj, for tokens whose queries nobody reads
     """
 
@@ -64,6 +70,7 @@ class Attention(nn.Module):
         self.packed_kv = rows_from(self.qkv_proj.packed, len(q_rows))
         self.batch_invariant = False
         self.input_format: InputFormat | None = None
+        self.quantizes_heads = False
 
     def weight_slots(self) -> Iterator[Slot]:
         yield from self.qkv_proj.weight_slots()
@@ -87,6 +94,9 @@ class Attention(nn.Module):
         self.batch_invariant = batch_invariant
         self.input_format = self.qkv_proj.input_format
         self.packed_kv = rows_from(self.qkv_proj.packed, self.num_heads * self.head_dim)
+        wanted = self.o_proj.input_format
+        is_group = self.head_dim >= MIN_GROUP and self.head_dim & (self.head_dim - 1) == 0
+        self.quantizes_heads = wanted is not None and is_group and wanted.group_size in (None, self.head_dim)
 
     def forward(
         self,
@@ -104,17 +114,22 @@ class Attention(nn.Module):
         q, k_cache, v_cache = self._rotate_and_write(self.qkv_proj.forward(x), rotation, batch.slot_mapping, kv_cache)
         if batch.output_rows is not None:
             q = q.index_select(0, batch.output_rows)
-        attended = paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch.layout,
-            self.scale,
+        attended = self._attend(q, k_cache, v_cache, batch.layout)
+        return self.tp.all_reduce(self.o_proj.forward(attended, residual if self.tp.is_first else None))
+
+    def _attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, layout: AttentionLayout
+    ) -> torch.Tensor | Rows:
+        """q: [R, num_heads, head_dim]. Returns [R, num_heads · head_dim], as o_proj wants it."""
+        attend = partial(
+            paged_attention_quantized if self.quantizes_heads else paged_attention,
             next_weight=self.o_proj.packed.weight,
             batch_invariant=self.batch_invariant,
         )
-        out = self.o_proj.forward(attended.reshape(q.shape[0], -1), residual if self.tp.is_first else None)
-        return self.tp.all_reduce(out)
+        attended = attend(q, k_cache, v_cache, layout, self.scale)
+        if isinstance(attended, torch.Tensor):
+            return attended.reshape(q.shape[0], -1)
+        return Rows(*attended, None, q.dtype)
 
     def write_kv(
         self, x: torch.Tensor | Rows, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache

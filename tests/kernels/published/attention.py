@@ -9,7 +9,7 @@ import torch
 from nextn.config.model_config import ModelConfig
 from nextn.kernels.attention_layout import AttentionLayout
 from nextn.kernels.fp8_quantize import FP8
-from nextn.kernels.paged_attention import paged_attention
+from nextn.kernels.paged_attention import paged_attention, paged_attention_quantized
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
 from nextn.kernels.rotary import RotaryTable
 
@@ -28,11 +28,13 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
         for query_len in QUERY_LENS[tokens]:
             for max_pages in (64, 2048):
                 for first_key, invariant in product((0, 1), (False, True)):
+                    # Heads are quantized where the product that comes next takes that.
+                    attend = paged_attention_quantized if has_fp8_units else paged_attention
                     layout = _layout(max(tokens // query_len, 1), max_pages, first_key, query_len)
                     yield (
                         f"attention from key {first_key}, {query_len} per sequence, {max_pages} pages of {kv_dtype}, "
                         f"batch_invariant {invariant}",
-                        lambda k=k, v=v, layout=layout, invariant=invariant: paged_attention(
+                        lambda attend=attend, k=k, v=v, layout=layout, invariant=invariant: attend(
                             of(tokens, heads, dim),
                             k,
                             v,

@@ -21,6 +21,7 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
         x = of(tokens, k, dtype=FP8 if has_fp8_units else torch.bfloat16)
         per_token = scales(tokens, 1) if has_fp8_units else None
         per_group = scales(tokens, -(-k // 128)) if has_fp8_units else None
+        per_row = per_group if case == "o" else per_token  # attention's heads have scales of their own
         weight, bias = of(n, k, dtype=FP8), of(n) if case == "qkv" else None
         residual = of(tokens, n) if case in ("o", "down") else None
         last = (bias, residual)
@@ -28,7 +29,7 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
         for invariant in (False, True):
             yield (
                 f"{case} per channel, batch_invariant {invariant}",
-                lambda x=x, s=per_token, w=weight, last=last, n=n, invariant=invariant, out=out: w8a8_matmul(
+                lambda x=x, s=per_row, w=weight, last=last, n=n, invariant=invariant, out=out: w8a8_matmul(
                     x, s, w, scales(n, 1), *last, batch_invariant=invariant, **out
                 ),
             )
