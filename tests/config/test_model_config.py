@@ -77,6 +77,8 @@ def test_theta_is_read_from_either_place_and_never_guessed() -> None:
     nested = {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 0.25}
     config = ModelConfig.from_dict(changed(rope_theta=None, partial_rotary_factor=None, rope_parameters=nested))
     assert (config.rope_theta, config.rotary_dim) == (5e5, 32)
+    with pytest.raises(ConfigError, match=r"rope_theta: found 1000000, and 500000\.0 in rope_parameters"):
+        ModelConfig.from_dict(changed(partial_rotary_factor=None, rope_parameters=nested))
     with pytest.raises(ConfigError, match="rope_theta is missing"):
         ModelConfig.from_dict(changed(rope_theta=None))
 
@@ -158,6 +160,10 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"max_position_embeddings": 10**12}, "max_position_embeddings: found 1000000000000, expected at most"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+            "rope_scaling: rope type 'yarn' is not supported",
+        ),
         ({"torch_dtype": "int8"}, "dtype: found 'int8'"),
         ({"eos_token_id": "</s>"}, "eos_token_id: found '</s>', expected a token id"),
         ({"architectures": "Glm4MoeForCausalLM"}, "architectures: found 'Glm4MoeForCausalLM'"),

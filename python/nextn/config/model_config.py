@@ -86,7 +86,6 @@ class ModelConfig:
         """Check and convert the values of a config.json. ``where`` stands in error messages."""
         read = _Reader(raw, where)
         read.check_supported()
-        rope = read.mapping("rope_parameters")
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
         config = cls(
@@ -108,8 +107,8 @@ class ModelConfig:
             norm_topk_prob=read.boolean("norm_topk_prob"),
             use_qk_norm=read.boolean("use_qk_norm", False),
             attention_bias=read.boolean("attention_bias"),
-            partial_rotary_factor=read.number("partial_rotary_factor", rope.get("partial_rotary_factor")),
-            rope_theta=read.number("rope_theta", rope.get("rope_theta")),
+            partial_rotary_factor=read.rotary_number("partial_rotary_factor"),
+            rope_theta=read.rotary_number("rope_theta"),
             rms_norm_eps=read.number("rms_norm_eps"),
             max_position_embeddings=read.integer("max_position_embeddings"),
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
@@ -146,10 +145,13 @@ class _Reader:
         activation = self._raw.get("hidden_act", "silu")
         if activation != "silu":
             raise ConfigError(f"{self._where}: hidden_act: found {activation!r}, expected 'silu'")
-        rope = self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
-        if kind != "default":
-            raise ConfigError(f"{self._where}: rope type {kind!r} is not supported; expected 'default' (no scaling)")
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = self._raw.get(name) or {}
+            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+            if kind != "default":
+                raise ConfigError(
+                    f"{self._where}: {name}: rope type {kind!r} is not supported; expected 'default' (no scaling)"
+                )
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         value = self._raw.get(name) or {}
@@ -168,6 +170,15 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self._where}: {name}: found {value!r}, expected a number above 0")
         return float(value)
+
+    def rotary_number(self, name: str) -> float:
+        """A field of its own in older files, one of rope_parameters in newer ones."""
+        apart, nested = self._raw.get(name), self.mapping("rope_parameters").get(name)
+        if apart is not None and nested is not None and apart != nested:
+            raise ConfigError(
+                f"{self._where}: {name}: found {apart!r}, and {nested!r} in rope_parameters; remove the wrong one"
+            )
+        return self.number(name, nested)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
         value = self._get(name, default)
