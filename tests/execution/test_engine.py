@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nextn import demo
 from nextn.config.engine_config import EngineConfig
-from nextn.errors import CheckpointError
+from nextn.errors import CheckpointError, ConfigError
 from nextn.execution.engine import Engine
 from nextn.protocol.messages import AddRequest
 from nextn.speculative.policy import DraftLengthPolicy
@@ -305,3 +306,8 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path, where: str,
     folder = write_checkpoint(tmp_path, tiny_config(), mutate=spoil)
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         Engine(EngineConfig(model_path=str(folder), max_total_tokens=512))
+
+
+def test_a_pool_that_no_memory_holds_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"--max-total-tokens: found 100000000000, whose KV takes .* GiB there are"):
+        Engine(EngineConfig(model_path=str(demo.checkpoint_dir()), max_total_tokens=10**11))

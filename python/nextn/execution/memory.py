@@ -31,16 +31,27 @@ def kv_bytes_per_token(
 
 
 def num_pages_for(
-    *, bytes_per_token: int, page_size: int, max_total_tokens: int | None, wanted_tokens: int, free_bytes: int
+    *,
+    bytes_per_token: int,
+    page_size: int,
+    max_total_tokens: int | None,
+    wanted_tokens: int,
+    free_bytes: int,
+    all_bytes: int,
 ) -> int:
     """Pages in the KV pool: what the user fixed, else what ``wanted_tokens`` needs as far as memory allows.
 
-    free_bytes: what the pool may take
-    Raises ConfigError if the pool could not hold two pages.
+    free_bytes: what the pool may take, where the user fixed nothing; all_bytes: what the device has
+    Raises ConfigError if the pool could not hold two pages, or the device could not hold the pool.
     """
     tokens = max_total_tokens
     if tokens is None:
         tokens = min(wanted_tokens, max(free_bytes, 0) // bytes_per_token)
+    elif tokens * bytes_per_token > all_bytes:
+        raise ConfigError(
+            f"--max-total-tokens: found {tokens}, whose KV takes {_gib(tokens * bytes_per_token)} of the "
+            f"{_gib(all_bytes)} there are; lower it, or leave it out for as many as fit"
+        )
     if tokens < 2 * page_size:
         raise ConfigError(
             f"--max-total-tokens: the KV pool would hold {tokens} tokens; expected at least two pages of "
@@ -52,6 +63,11 @@ def num_pages_for(
 def free_for_kv_on_cpu() -> int:
     """Bytes of physical memory that the KV pool may take: a share of what is free or can be freed at once."""
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_KV_FRACTION)
+
+
+def memory_of_cpu() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from nextn.execution.memory import (
     free_for_kv_on_cpu,
     kv_bytes_per_token,
     make_kv_cache,
+    memory_of_cpu,
     num_pages_for,
     out_of_memory_means,
 )
@@ -112,7 +113,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
         )
 
     if device.type == "cpu":
-        free = free_for_kv_on_cpu() // tp.ranks_per_node
+        free, all_bytes = (size // tp.ranks_per_node for size in (free_for_kv_on_cpu(), memory_of_cpu()))
     else:
         if tp.local_rank == 0:
             _compile_ahead(config, loaded, kv_cache_of, chunk, context, max_drafts, tp)
@@ -121,7 +122,7 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
             plan = _measured_plan(config, loaded, chunk, max_drafts, kv_cache_of, device, tp)
         plan.check(bytes_per_token, 2 * config.page_size)
         logger.info("%s", plan.as_table())
-        free = plan.kv
+        free, all_bytes = plan.kv, plan.total
     num_pages = tp.least(
         num_pages_for(
             bytes_per_token=bytes_per_token,
@@ -129,11 +130,12 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
             max_total_tokens=config.max_total_tokens,
             wanted_tokens=config.max_running_requests * (context + config.page_size),
             free_bytes=free,
+            all_bytes=all_bytes,
         )
     )
     context = min(context, num_pages * config.page_size)
     runner: DecodeRunner | None = None
-    with out_of_memory_means("lower --mem-fraction-static or --cuda-graph-max-bs"):
+    with out_of_memory_means("lower --max-total-tokens, --mem-fraction-static or --cuda-graph-max-bs"):
         kv_cache = kv_cache_of(num_pages)
         proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
         cycle = SpeculativeCycle(loaded.target, proposer, kv_cache, page_size=config.page_size, tp=tp)
