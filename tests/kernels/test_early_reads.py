@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from nextn.execution.memory import make_kv_cache
 from nextn.kernels import fused_moe, gpu, paged_attention_triton
 from nextn.kernels.attention_tiles import SHARE_ROWS
 from nextn.kernels.fp8_quantize import FP8
+from nextn.kernels.fused_moe import StackedExperts, expert_terms
 from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 from nextn.kernels.matmul_config import SMALL_M
 from nextn.kernels.paged_attention import AttentionLayout, paged_attention
@@ -265,6 +267,34 @@ def test_programs_without_keys_ask_for_the_beginning_of_the_next_weight(
     attend([3] * (SMALL_M + 1), weight)
     assert not asked
     assert not watch.faults
+
+
+def test_one_tokens_shared_expert_is_asked_for_while_the_others_are_chosen(
+    watch: LaunchWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its first matrix, and nothing of the routed ones."""
+    asked: list[np.ndarray] = []
+    note = watch.prefetch
+    monkeypatch.setattr(watch, "prefetch", lambda places: (asked.append(places), note(places)))
+    monkeypatch.setattr(fused_moe, "expert_matmul", partial(_first_matrix_alone, fused_moe.expert_matmul))
+    w13 = torch.randn(5, 2 * 40, 48).to(FP8)
+    scales = torch.ones(5, 80, 1), torch.ones(5, 48, 1)
+    experts = StackedExperts(w13, scales[0], torch.randn(5, 48, 40).to(FP8), scales[1], None, 4, True)
+    ids, weights = torch.tensor([[2, 0]]), torch.rand(1, 2)
+    with watch:
+        expert_terms(torch.randn(1, 48).bfloat16(), ids, weights, experts)
+    places = np.concatenate(asked) - w13.data_ptr()
+    found = np.unique(np.concatenate([np.arange(first, end) for first, end in places]))
+    assert np.array_equal(found, np.arange(4 * 80 * 48, 5 * 80 * 48))
+    asked.clear()
+    with watch:  # of several tokens, nobody knows yet which blocks are the shared expert's
+        expert_terms(torch.randn(2, 48).bfloat16(), ids.expand(2, 2), weights.expand(2, 2), experts)
+    assert not asked
+    assert not watch.faults
+
+
+def _first_matrix_alone(multiply: Any, *arguments: Any, swiglu: bool, **options: Any) -> torch.Tensor:
+    return multiply(*arguments, swiglu=swiglu, **options) if swiglu else torch.zeros(6, 48, dtype=torch.bfloat16)
 
 
 # What breaks the rule is found.

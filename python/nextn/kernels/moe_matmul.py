@@ -87,6 +87,8 @@ def expert_matmul(
         _expert_matmul_reference(x, x_scale, weight, weight_scale, block, alignment, out, swiglu=swiglu)
         return out
     is_widened = weight.itemsize < x.itemsize
+    prefetch = gpu.prefetch_bytes(weight) if config.transposed else 0
+    whole_row = gpu.cdiv(k * weight.itemsize, 32) * 32
     block_k = min(BLOCK_K_BYTES // x.itemsize, group_k or BLOCK_K_BYTES)
     step_bytes = (config.block_m * x.itemsize + config.block_n * weight.itemsize) * block_k
     grid = (gpu.cdiv(num_rows, config.block_n), alignment.num_blocks)
@@ -124,7 +126,9 @@ def expert_matmul(
         WIDEN=is_widened,
         TRANSPOSED=config.transposed,
         EVEN_K=k % block_k == 0,
-        PREFETCH=gpu.prefetch_bytes(weight) if experts_are_old and config.transposed else 0,
+        PREFETCH=prefetch if experts_are_old else 0,
+        # A single token's routed experts may be unknown until the launch before ends; its shared one is not.
+        PREFETCH_SHARED=whole_row if prefetch and alignment.pairs is None and not experts_are_old else 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
@@ -197,6 +201,7 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -205,6 +210,7 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     """Program (tile of weight rows, block of pairs). GROUP_K: 0 for scales per row and channel.
 
     With SWIGLU a tile's rows are those of the gate and of up by turns, so that a thread holds both.
+    PREFETCH: bytes of each row that are asked for before waiting; PREFETCH_SHARED: of the shared expert's alone
     """
     tile, block = tl.program_id(0), tl.program_id(1)
     inner_m, inner_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -221,6 +227,10 @@ def _expert_matmul(  # type: ignore[no-untyped-def]
     # What is read before waiting is read past the L1 cache, which may be emptied for this kernel no earlier than then.
     CACHE: tl.constexpr = ".cg" if PREFETCH > 0 else ""
     if PREFETCH == 0:
+        if PREFETCH_SHARED > 0:  # noqa: SIM102 - known when the kernel is compiled
+            if block >= num_listed:
+                rows = weight + (last_expert * num_rows + weight_row).to(tl.int64) * k
+                prefetch_rows(rows, k, PREFETCH_SHARED)
         wait_for_predecessor(EARLY)
     if IS_ONE_TOKEN:
         expert = tl.load(experts + block, mask=block < num_listed, other=last_expert, cache_modifier=CACHE).to(tl.int64)
