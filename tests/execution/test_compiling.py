@@ -23,6 +23,7 @@ from nextn.execution import shard
 from nextn.execution.decode_runner import padded_sizes
 from nextn.execution.memory import make_kv_cache
 from nextn.kernels import gpu
+from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe import Glm4MoeForCausalLM
 from nextn.scheduler.kv_pages import KVPages
@@ -75,7 +76,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(gpu, "has_descriptors", lambda device: True)
     monkeypatch.setattr(gpu, "can_be_described", lambda x: x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0)
     monkeypatch.setattr(gpu, "described", lambda x, block: ("descriptor", x.dtype, block))
-    monkeypatch.setattr(gpu, "starts_early", lambda device: False)
+    monkeypatch.setattr(gpu, "starts_early", lambda device: True)
+    monkeypatch.setattr(gpu, "prefetch_bytes", lambda weight: 0 if weight.shape[-1] * weight.itemsize % 16 else 512)
     monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
     monkeypatch.setattr(gpu, "shared_memory", lambda device: 227 * 1024)
     return found
@@ -129,6 +131,27 @@ def test_all_that_steps_launch_is_compiled_ahead(made: Made, asked: Asked) -> No
             run(config, loaded.target, NextNProposer(loaded.draft, kv_cache), kv_cache)
         assert len(asked) > 30
         assert asked <= ahead, sorted(map(str, asked - ahead))
+
+
+LAYER = [
+    *("_norm_rows", "_matmul", "_rope_and_cache", "attend_tiles", "merge_parts", "_matmul"),
+    *("_norm_rows", "_route", "_align_expert", "_expert_matmul", "_quantize_rows", "_expert_matmul"),
+]
+"""What several sequences' new tokens take in a mixture's layer. A launch takes a few per cent of one of these."""
+
+
+def test_a_layer_is_few_launches(made: Made, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, loaded, kv_cache_of = made
+    launched: list[str] = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, grid, *others, **options: launched.append(kernel.__name__))
+    with _on_a_gpu():
+        batch = make_extend_batch([(9000, 1)] * 4, [range(600)] * 4, config.page_size, CUDA)
+        loaded.target.forward(torch.zeros(4, dtype=torch.int64, device=CUDA), batch, kv_cache_of(NUM_PAGES))
+    is_quantized = loaded.report.target[0].scheme != "unquantized"
+    of_layer = (
+        LAYER if is_quantized else [name for name in LAYER if name not in ("_matmul", "_quantize_rows")]
+    )  # cuBLAS
+    assert launched[-len(of_layer) - 1 :] == [*of_layer, "_norm_rows"]
 
 
 def test_no_rank_waits_for_others_to_compile(made: Made, asked: Asked) -> None:
