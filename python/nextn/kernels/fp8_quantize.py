@@ -13,6 +13,8 @@ from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+SLICE = 8192
+"""Rows of a weight that are quantized at once."""
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +49,18 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per output row of a weight [N, K]. Returns q [N, K] and scale [N, 1] float32."""
-    return quantize_per_token(weight)
+    """One scale per output row of a weight [N, K].
+
+    By torch everywhere: it is done once, and cards without FP8 units have no kernel for it. In slices, to save memory.
+    Returns q [N, K] and scale [N, 1] float32.
+    """
+    q = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+    for rows, codes, each in zip(weight.split(SLICE), q.split(SLICE), scale.split(SLICE), strict=True):
+        codes_of_rows, scale_of_rows = _quantize_reference(rows, None)
+        codes.copy_(codes_of_rows)
+        each.copy_(scale_of_rows)
+    return q, scale
 
 
 def quantize_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
