@@ -13,6 +13,8 @@ from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+ROWS_AT_ONCE = 4096
+"""Of a weight that torch quantizes: what it computes with are copies of them in float32."""
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +49,17 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per output row of a weight [N, K]. Returns q [N, K] and scale [N, 1] float32."""
-    return quantize_per_token(weight)
+    """One scale per output row of a weight [N, K]. Returns q [N, K] and scale [N, 1] float32.
+
+    Also on cards without FP8 units, for which Triton cannot round to FP8; some rows at a time, as torch makes copies.
+    """
+    if gpu.suits(weight) and gpu.has_fp8_units(weight.device):
+        return _launch_quantize(weight, None)
+    q, scale = empty_quantized(weight, weight.shape[1], None)
+    for first in range(0, weight.shape[0], ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        q[rows], scale[rows] = _quantize_reference(weight[rows], None)
+    return q, scale
 
 
 def quantize_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
