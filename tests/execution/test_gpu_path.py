@@ -26,7 +26,8 @@ pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 CONFIG = tiny_config(
     vocab_size=40,
-    num_hidden_layers=2,
+    num_hidden_layers=3,  # the second and third sum up the experts of the one before
+    head_dim=32,  # as wide as heads are that attention quantizes
     max_position_embeddings=256,
     moe_intermediate_size=32,
     intermediate_size=96,
@@ -38,10 +39,13 @@ QUANTS: list[Quant] = ["none", "channel", "tensor", "block", "ct_block"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Blocks are as wide as the kernels for GPUs take them."""
+    """Blocks are as wide as the kernels for GPUs take them: as a head of attention, and wider than that."""
+    found: dict[str, Path] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "BLOCK", (32, 32))
-        return {quant: write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant) for quant in QUANTS}
+        for quant in QUANTS:
+            patch.setattr(checkpoints, "BLOCK", (64, 64) if quant == "ct_block" else (32, 32))
+            found[quant] = write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant)
+    return found
 
 
 def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -53,7 +57,7 @@ def _logits(loaded: LoadedModel, device: torch.device) -> tuple[torch.Tensor, to
     target, draft = loaded.target, loaded.draft
     assert draft is not None
     kv_cache = make_kv_cache(
-        loaded.model_config, num_layers=3, num_pages=12, page_size=8, dtype=target.dtype, device=device
+        loaded.model_config, num_layers=4, num_pages=12, page_size=8, dtype=target.dtype, device=device
     )
     spans, tables = [(0, 21), (0, 5)], [[3, 1, 7], [5]]
     ids = torch.arange(26, device=device) * 7 % 40
