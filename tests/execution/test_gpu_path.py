@@ -5,7 +5,9 @@ Without a GPU Triton's interpreter runs the kernels.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from nextn.execution.engine import Engine
 from nextn.execution.memory import make_kv_cache
 from nextn.kernels import gpu
 from nextn.kernels.linear import StoredWeight
+from nextn.kernels.moe_combine import ExpertTerms
+from nextn.layers import moe
+from nextn.layers.attention import Attention
 from nextn.layers.batch import make_extend_batch
 
 from tests import checkpoints
@@ -96,6 +101,28 @@ def test_a_dropped_scale_would_show(folders: dict[str, Path], tmp_path: Path, re
     device = request.getfixturevalue("device")
     got, _ = _logits(_load(spoilt, device, torch.bfloat16), device)
     assert _error(got, exact[0]) > 0.3
+
+
+def test_experts_terms_are_let_go_before_the_next_layer_computes(
+    folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine rows a token: of a prompt they take more memory than anything else."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    make, attend = moe.expert_terms, Attention.forward
+
+    def noting(*arguments: Any, **options: Any) -> ExpertTerms:
+        terms = make(*arguments, **options)
+        made.append(weakref.ref(terms.pairs))
+        return terms
+
+    def attending(*arguments: Any, **options: Any) -> torch.Tensor:
+        assert all(pairs() is None for pairs in made)
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(moe, "expert_terms", noting)
+    monkeypatch.setattr(Attention, "forward", attending)
+    _logits(_load(folders["channel"], device, torch.bfloat16), device)
+    assert len(made) == 3, "two of the target's layers, and the draft's"
 
 
 def _engine(folder: Path, **options: object) -> Engine:
