@@ -265,7 +265,8 @@ class Layers:
         def step() -> torch.Tensor:
             hidden: Stream = x
             for layer in layers:
-                hidden = layer.forward(hidden, rotation, batch, kv_cache)
+                hidden, normed = layer.normed(hidden)
+                hidden = layer.forward(hidden, normed, rotation, batch, kv_cache)
             return moe_combine(hidden) if isinstance(hidden, ExpertTerms) else hidden
 
         with using(self, NOTHING_EARLY):

@@ -240,6 +240,11 @@ def test_the_override_of_the_drafts_quantization_keeps_its_three_states(
     assert from_cli(*argv).engine_config("m").draft_quantization == expected
 
 
+@pytest.mark.parametrize("head", ["auto", "fp8", "stored"])
+def test_the_engine_gets_what_drafts_read_of_the_head(head: str) -> None:
+    assert from_cli("--speculative-draft-head", head).engine_config("m").draft_head == head
+
+
 def test_the_engine_gets_what_concerns_it() -> None:
     args = from_cli(
         *[

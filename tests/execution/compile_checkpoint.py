@@ -1,4 +1,4 @@
-"""Compile a checkpoint's kernels ahead, as at the start of a server, for a Hopper card that is not there.
+"""Compile a checkpoint's kernels ahead, as at the start of a server, for a card that is not there.
 
 Prints how many were compiled, and how many were found compiled. A program of its own, because kernels that are defined
 for Triton's interpreter cannot be compiled.
@@ -27,8 +27,9 @@ from tests.card import Card
 CONTEXT, CHUNK, MAX_DRAFTS = 32, 2, 1
 
 
-def main(folder: str) -> dict[str, int]:
-    triton.runtime.driver.set_active(Card(90))
+def main(folder: str, arch: int) -> dict[str, int]:
+    """arch: the card's compute capability, such as 90."""
+    triton.runtime.driver.set_active(Card(arch))
     counts: Counter[str] = Counter(compiled=0, found=0)
 
     def count(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
@@ -63,4 +64,4 @@ def main(folder: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))

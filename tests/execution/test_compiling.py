@@ -210,11 +210,12 @@ def _run_prompts(config: EngineConfig, target: Glm4MoeForCausalLM, proposer: Nex
                     scheduler.commit(extend, decision)
 
 
-def test_kernels_are_compiled_at_once_and_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """For a card that is not there. In processes of their own, since here kernels may be interpreted."""
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_are_compiled_at_once_and_kept(arch: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """For cards that are not there, one without FP8 units. In processes of their own: here kernels are interpreted."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.execution.compile_checkpoint", str(tiny_checkpoint)]
+    command = [sys.executable, "-m", "tests.execution.compile_checkpoint", str(tiny_checkpoint), str(arch)]
     ran = [
         subprocess.run(
             command,

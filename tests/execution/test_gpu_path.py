@@ -5,7 +5,9 @@ Without a GPU Triton's interpreter runs the kernels.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from nextn.execution.engine import Engine
 from nextn.execution.memory import make_kv_cache
 from nextn.kernels import gpu
 from nextn.kernels.linear import StoredWeight
+from nextn.kernels.moe_combine import ExpertTerms
+from nextn.layers import moe
+from nextn.layers.attention import Attention
 from nextn.layers.batch import make_extend_batch
 
 from tests import checkpoints
@@ -26,7 +31,8 @@ pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 CONFIG = tiny_config(
     vocab_size=40,
-    num_hidden_layers=2,
+    num_hidden_layers=3,  # the second and third sum up the experts of the one before
+    head_dim=32,  # as wide as heads are that attention quantizes
     max_position_embeddings=256,
     moe_intermediate_size=32,
     intermediate_size=96,
@@ -38,10 +44,13 @@ QUANTS: list[Quant] = ["none", "channel", "tensor", "block", "ct_block"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Blocks are as wide as the kernels for GPUs take them."""
+    """Blocks are as wide as the kernels for GPUs take them: as a head of attention, and wider than that."""
+    found: dict[str, Path] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "BLOCK", (32, 32))
-        return {quant: write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant) for quant in QUANTS}
+        for quant in QUANTS:
+            patch.setattr(checkpoints, "BLOCK", (64, 64) if quant == "ct_block" else (32, 32))
+            found[quant] = write_checkpoint(tmp_path_factory.mktemp(quant), CONFIG, quant=quant)
+    return found
 
 
 def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -53,7 +62,7 @@ def _logits(loaded: LoadedModel, device: torch.device) -> tuple[torch.Tensor, to
     target, draft = loaded.target, loaded.draft
     assert draft is not None
     kv_cache = make_kv_cache(
-        loaded.model_config, num_layers=3, num_pages=12, page_size=8, dtype=target.dtype, device=device
+        loaded.model_config, num_layers=4, num_pages=12, page_size=8, dtype=target.dtype, device=device
     )
     spans, tables = [(0, 21), (0, 5)], [[3, 1, 7], [5]]
     ids = torch.arange(26, device=device) * 7 % 40
@@ -92,6 +101,28 @@ def test_a_dropped_scale_would_show(folders: dict[str, Path], tmp_path: Path, re
     device = request.getfixturevalue("device")
     got, _ = _logits(_load(spoilt, device, torch.bfloat16), device)
     assert _error(got, exact[0]) > 0.3
+
+
+def test_experts_terms_are_let_go_before_the_next_layer_computes(
+    folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine rows a token: of a prompt they take more memory than anything else."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    make, attend = moe.expert_terms, Attention.forward
+
+    def noting(*arguments: Any, **options: Any) -> ExpertTerms:
+        terms = make(*arguments, **options)
+        made.append(weakref.ref(terms.pairs))
+        return terms
+
+    def attending(*arguments: Any, **options: Any) -> torch.Tensor:
+        assert all(pairs() is None for pairs in made)
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(moe, "expert_terms", noting)
+    monkeypatch.setattr(Attention, "forward", attending)
+    _logits(_load(folders["channel"], device, torch.bfloat16), device)
+    assert len(made) == 3, "two of the target's layers, and the draft's"
 
 
 def _engine(folder: Path, **options: object) -> Engine:

@@ -259,9 +259,13 @@ def test_programs_without_keys_ask_for_the_beginning_of_the_next_weight(
     bytes_asked = np.concatenate([np.arange(first, end) for first, end in places]) - weight.data_ptr()
     assert np.array_equal(np.sort(bytes_asked), np.arange(num_shares * share))
     asked.clear()
+    attend([3], weight.repeat(6, 1))  # there are programs for this alone
+    of_those_with_keys = cache.shape[2]
+    assert _bytes_of(asked) == (6 * num_shares - of_those_with_keys) * share
+    asked.clear()
     monkeypatch.setattr(paged_attention_triton, "AHEAD_BYTES", share)
     attend([3], weight)
-    assert sum(len(places) for places in asked) * gpu.PREFETCH_BYTES // 2 == share, "no more than that"
+    assert _bytes_of(asked) == share, "no more than that"
     asked.clear()
     attend([639] * 8, weight)  # as many programs as have keys
     attend([3] * (SMALL_M + 1), weight)
@@ -295,6 +299,10 @@ def test_one_tokens_shared_expert_is_asked_for_while_the_others_are_chosen(
 
 def _first_matrix_alone(multiply: Any, *arguments: Any, swiglu: bool, **options: Any) -> torch.Tensor:
     return multiply(*arguments, swiglu=swiglu, **options) if swiglu else torch.zeros(6, 48, dtype=torch.bfloat16)
+
+
+def _bytes_of(asked: list[np.ndarray]) -> int:
+    return sum(int((places[:, 1] - places[:, 0]).sum()) for places in asked)
 
 
 # What breaks the rule is found.

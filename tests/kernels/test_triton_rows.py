@@ -33,6 +33,21 @@ def test_quantization_equals_torch_bit_for_bit(
     assert torch.equal(got_q.float().cpu(), q.float())
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 13])
+def test_weights_are_quantized_on_cards_without_fp8_units_too(
+    num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch, a few rows at a time."""
+    weight = torch.randn(num_rows, 48).bfloat16().to(device)
+    q, scale = fp8_quantize.quantize_per_token(weight)
+    monkeypatch.setattr(gpu, "has_fp8_units", lambda device: False)
+    monkeypatch.setattr(gpu, "launch", lambda *arguments, **options: pytest.fail("Triton cannot round to FP8 there"))
+    monkeypatch.setattr(fp8_quantize, "ROWS_AT_ONCE", 4)
+    got_q, got_scale = fp8_quantize.quantize_per_channel(weight)
+    assert torch.equal(got_scale, scale)
+    assert torch.equal(got_q.float(), q.float())
+
+
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_does_not_become_one(value: float, group_size: int | None, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from nextn.layers.embedding import OutputHead
 def test_a_head_that_becomes_fp8_gives_the_logits_of_its_codes(
     vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fp8_quantize, "SLICE", 64)
+    monkeypatch.setattr(fp8_quantize, "ROWS_AT_ONCE", 64)
     weight, hidden = torch.randn(vocab_size, 48) * torch.logspace(-2, 1, vocab_size)[:, None], torch.randn(5, 48)
     head = OutputHead(weight.clone(), None, vocab_size)
     copy = head.fp8_copy()

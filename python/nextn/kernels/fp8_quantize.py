@@ -13,8 +13,8 @@ from nextn.kernels.gpu import jit, tl, wait_for_predecessor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-SLICE = 8192
-"""Rows of a weight that are quantized at once."""
+ROWS_AT_ONCE = 4096
+"""Of a weight that torch quantizes: what it computes with are copies of them in float32."""
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +49,15 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per output row of a weight [N, K].
+    """One scale per output row of a weight [N, K]. Returns q [N, K] and scale [N, 1] float32.
 
-    By torch everywhere: it is done once, and cards without FP8 units have no kernel for it. In slices, to save memory.
-    Returns q [N, K] and scale [N, 1] float32.
+    By torch everywhere: it is done once, and for cards without FP8 units Triton cannot round to FP8. Some rows at a
+    time, as torch makes copies.
     """
-    q = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
-    for rows, codes, each in zip(weight.split(SLICE), q.split(SLICE), scale.split(SLICE), strict=True):
-        codes_of_rows, scale_of_rows = _quantize_reference(rows, None)
-        codes.copy_(codes_of_rows)
-        each.copy_(scale_of_rows)
+    q, scale = empty_quantized(weight, weight.shape[1], None)
+    for first in range(0, weight.shape[0], ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        q[rows], scale[rows] = _quantize_reference(weight[rows], None)
     return q, scale
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from nextn.config.cuts import check_cut
 from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
+from nextn.kernels.linear import Rows
 from nextn.kernels.rope_and_cache import Rotation
 from nextn.kernels.rotary import make_rotary_table
 from nextn.layers.attention import Attention
@@ -50,10 +51,23 @@ class Glm4MoeDecoderLayer(nn.Module):
         for part in (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp):
             yield from part.weight_slots()
 
-    def forward(self, x: Stream, rotation: Rotation, batch: ExtendBatch, kv_cache: KVCache) -> Stream:
+    def normed(self, x: Stream) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+        """The residual stream [T, H], summed, and its norm: what ``forward`` takes.
+
+        Apart from it, so that the caller lets go of the experts' terms, which are large, before a layer computes.
+        """
+        return self.input_layernorm.forward_for(x, self.self_attn.input_format)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor | Rows,
+        rotation: Rotation,
+        batch: ExtendBatch,
+        kv_cache: KVCache,
+    ) -> Stream:
         """x: [T, H], the residual stream. Returns [R, H], for the tokens whose output is read; mostly all."""
         attention, mlp = self.self_attn, self.mlp
-        x, normed = self.input_layernorm.forward_for(x, attention.input_format)
         if batch.output_rows is not None:
             x = x.index_select(0, batch.output_rows)
         x = attention.forward(normed, rotation, batch, kv_cache, residual=x)
@@ -62,7 +76,7 @@ class Glm4MoeDecoderLayer(nn.Module):
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
         """Only write the tokens' KV, where nothing reads the output. x: [T, H]; slot_mapping: [T] int64."""
-        _, normed = self.input_layernorm.forward_for(x, self.self_attn.input_format)
+        _, normed = self.normed(x)
         self.self_attn.write_kv(normed, rotation, slot_mapping, kv_cache)
 
 
@@ -119,10 +133,12 @@ class Glm4MoeForCausalLM(nn.Module):
         input_ids: [T] int64
         Returns hidden states after the final norm, [T, H] in the model's dtype.
         """
-        x = self.embed_tokens.forward(input_ids)
+        x: Stream = self.embed_tokens.forward(input_ids)
         rotation = Rotation(self._rotary, batch.positions, self.dtype)
         for layer in self.layers:
-            x = layer.forward(x, rotation, batch, kv_cache)
+            assert isinstance(layer, Glm4MoeDecoderLayer)
+            x, normed = layer.normed(x)
+            x = layer.forward(x, normed, rotation, batch, kv_cache)
         return self.norm.forward(x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -106,9 +106,9 @@ class Glm4MoeForCausalLMNextN(nn.Module):
         hidden_states: [T, H], normed: the target's at the position before, or this layer's own output while drafting
         Returns h' of the tokens whose output is read, [R, H], normed: for ``compute_logits`` and for the next draft.
         """
-        x = self._combine(input_ids, hidden_states)
+        x, normed = self.block.normed(self._combine(input_ids, hidden_states))
         rotation = Rotation(self._rotary, batch.positions, self.dtype)
-        return self.norm.forward(self.block.forward(x, rotation, batch, kv_cache))
+        return self.norm.forward(self.block.forward(x, normed, rotation, batch, kv_cache))
 
     def write_kv(
         self,
