@@ -71,29 +71,14 @@ async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, 
         raise invalid("'messages' is empty; give at least one.", "messages", "invalid_value")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(asked.messages)]
     tokenizer = services.require_tokenizer()
-    enable_thinking = _enable_thinking(asked)
+    options = asked.chat_template_kwargs
+    enable_thinking = None if options is None else options.enable_thinking
 
     def render() -> Prompt:
         text = tokenizer.apply_chat_template(messages, tools, enable_thinking=enable_thinking)
         return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=False), text=text)
 
     return await maybe_in_thread(size, render)
-
-
-def _enable_thinking(asked: ChatRequest) -> bool | None:
-    """None leaves it to the template. Raises ApiError if two fields ask for different things."""
-    said: dict[str, bool] = {}
-    if asked.chat_template_kwargs is not None and asked.chat_template_kwargs.enable_thinking is not None:
-        said["chat_template_kwargs.enable_thinking"] = asked.chat_template_kwargs.enable_thinking
-    if asked.thinking is not None:
-        said["thinking"] = asked.thinking.type == "enabled"
-    if asked.reasoning_effort is not None:
-        said["reasoning_effort"] = asked.reasoning_effort != "none"
-    if len(set(said.values())) > 1:
-        *_, last = said
-        names = " and ".join(f"'{name}'" for name in said)
-        raise invalid(f"{names} disagree on whether to think; leave one out.", last, "invalid_value")
-    return next(iter(said.values()), None)
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:
@@ -104,9 +89,8 @@ def _message(message: Message, where: str) -> dict[str, Any]:
     if isinstance(content, list):
         content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
-    if reasoning is not None:
-        plain["reasoning_content"] = reasoning
+    if message.reasoning_content is not None:
+        plain["reasoning_content"] = message.reasoning_content
     if message.tool_call_id is not None:
         plain["tool_call_id"] = message.tool_call_id
     if message.name is not None:

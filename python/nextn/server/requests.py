@@ -51,9 +51,7 @@ class _OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     """Fields that chat and text completions share.
 
     return_spec_steps: the answer says per step how many tokens were drafted, accepted and emitted
-    user, metadata, store, safety_identifier, prompt_cache_key: taken and not used; they are labels, and hints to a
-        service that keeps something
-    service_tier: there is one
+    user, metadata, store: taken and not used; they carry no meaning for a server that keeps nothing
     """
 
     model: str | None = None
@@ -69,9 +67,6 @@ class _OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
 
 
 class CompletionRequest(_OpenAIRequest, kw_only=True, frozen=True):
@@ -109,15 +104,11 @@ class ToolCall(_Strict, kw_only=True, frozen=True):
 
 
 class Message(_Strict, kw_only=True, frozen=True):
-    """One message. The fields after ``name`` are what clients send back from earlier answers, unused.
-
-    reasoning: another name for reasoning_content
-    """
+    """One message. The fields after ``tool_call_id`` are what clients send back from earlier answers, unused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -137,12 +128,6 @@ class ChatTemplateOptions(_Strict, kw_only=True, frozen=True):
     enable_thinking: bool | None = None
 
 
-class Thinking(_Strict, kw_only=True, frozen=True):
-    """How the API of GLM's makers turns thinking on and off."""
-
-    type: Literal["enabled", "disabled"]
-
-
 class NamedTool(_Strict, kw_only=True, frozen=True):
     type: Literal["function"]
     function: dict[str, Any]
@@ -151,8 +136,6 @@ class NamedTool(_Strict, kw_only=True, frozen=True):
 class ChatRequest(_OpenAIRequest, kw_only=True, frozen=True):
     """``POST /v1/chat/completions``.
 
-    thinking, reasoning_effort: other names for ``chat_template_kwargs.enable_thinking``; GLM thinks or does not, so
-        every effort but "none" is thinking
     separate_reasoning: false leaves the reasoning, tags included, in ``content``
     """
 
@@ -165,9 +148,6 @@ class ChatRequest(_OpenAIRequest, kw_only=True, frozen=True):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
-    thinking: Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    modalities: list[Literal["text"]] | None = None
     separate_reasoning: bool | None = None
 
 
