@@ -121,7 +121,7 @@ def test_the_prompt_is_the_chat_template_over_the_messages(make_app: AppFactory)
         {"role": "assistant", "content": "three", "refusal": None},
         {"role": "user", "content": "four"},
     ]
-    ask(app, False, messages=messages, user="u", metadata={"a": "b"}, store=True)
+    ask(app, False, messages=messages, user="u", metadata={"a": "b"}, store=False)
     prompt = prompt_of(app)
     assert "<|system|>\nBe brief." in prompt
     assert "one two" in prompt

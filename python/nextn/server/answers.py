@@ -31,9 +31,9 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def usage_of(choices: Iterable[Choice], n: int) -> Usage:
-    """Totals of one HTTP request; a prompt counts once, however many choices it has."""
-    every = list(choices)
-    first = [choice for choice in every if choice.index % n == 0]
+    """Totals of one HTTP request, so far; a prompt counts once, however many choices it has."""
+    every = sorted(choices, key=lambda choice: choice.index, reverse=True)
+    first = {choice.index // n: choice for choice in every}.values()
     num_prompt = sum(len(choice.prompt.token_ids) for choice in first)
     num_output = sum(choice.num_tokens for choice in every)
     num_accepted = sum(choice.num_accepted for choice in every)

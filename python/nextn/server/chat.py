@@ -11,13 +11,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nextn.server.answers import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChunkChoice, Usage, usage_of
+from nextn.server.answers import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChunkChoice, usage_of
 from nextn.server.chat_request import check_supported, plan_chat
 from nextn.server.chat_text import ChatWriter, Collector
 from nextn.server.decoding import decode, read_body
 from nextn.server.generating import Choice, Plan, generate
 from nextn.server.openapi import documented
-from nextn.server.requests import ChatRequest
+from nextn.server.requests import ChatRequest, StreamOptions
 from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.services import Services
 
@@ -49,17 +49,17 @@ def router(services: Services) -> APIRouter:
 async def _stream(
     services: Services, asked: ChatRequest, plan: Plan, writers: list[ChatWriter]
 ) -> AsyncGenerator[bytes, None]:
-    wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+    options = asked.stream_options or StreamOptions()
     created = int(time.time())
     seen: dict[int, Choice] = {}
 
-    def chunk(choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
+    def chunk(choices: list[ChunkChoice], has_usage: bool | None = options.continuous_usage_stats) -> bytes:
+        usage = usage_of(seen.values(), plan.n) if has_usage else None if options.include_usage else msgspec.UNSET
         model = services.served_model_name
         return sse(
             msgspec.json.encode(ChatChunk(id=plan.rid, created=created, model=model, choices=choices, usage=usage))
         )
 
-    no_usage = None if wants_usage else msgspec.UNSET
     async with aclosing(generate(services, plan)) as steps:
         async for pieces in steps:
             events = []
@@ -68,22 +68,20 @@ async def _stream(
                 seen[choice.index] = choice
                 if piece.is_first:
                     opening = ChatDelta(role="assistant", content="")
-                    events.append(chunk([ChunkChoice(index=choice.index, delta=opening)], no_usage))
+                    events.append(chunk([ChunkChoice(index=choice.index, delta=opening)]))
                 deltas, logprobs = writers[choice.index].write(piece)
                 spec_steps = writers[choice.index].spec_steps(piece)
                 for delta in deltas:
                     part = ChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, spec_steps=spec_steps)
-                    events.append(chunk([part], no_usage))
+                    events.append(chunk([part]))
                     logprobs, spec_steps = None, msgspec.UNSET
                 if choice.finish_reason is not None:
                     reason = writers[choice.index].finish_reason(choice)
-                    events.append(
-                        chunk([ChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=reason)], no_usage)
-                    )
+                    events.append(chunk([ChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=reason)]))
             if events:
                 yield b"".join(events)
-    if wants_usage:
-        yield chunk([], usage_of(seen.values(), plan.n))
+    if options.include_usage:
+        yield chunk([], has_usage=True)
 
 
 async def _collect(services: Services, plan: Plan, writers: list[ChatWriter]) -> bytes:

@@ -9,30 +9,46 @@ import msgspec
 from nextn.server.decoding import check_depth
 from nextn.server.errors import invalid, unsupported
 from nextn.server.generating import Plan, Prompt
+from nextn.server.openai_request import agreed, check_common
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import maybe_in_thread
 from nextn.server.requests import ChatRequest, ContentPart, Message
 from nextn.server.services import Services
+from nextn.server.thinking import thinking_variables
 from nextn.text.tool_validation import validate_tools
+
+INSTEAD = {
+    "audio": "answers are text",
+    "function_call": "use 'tool_choice'",
+    "functions": "use 'tools'",
+    "prediction": "leave it out; the model drafts its own answers",
+    "verbosity": "say it in a message",
+    "web_search_options": "offer a search of your own in 'tools'",
+}
+"""Fields of OpenAI's that are not served, and what to do."""
 
 
 def check_supported(asked: ChatRequest) -> None:
     """Refuse what is known and not served, and combinations that mean nothing."""
-    if asked.response_format is not None and asked.response_format.type != "text":
-        message = f"'response_format' {asked.response_format.type!r:.100} is not supported; use 'text'."
-        raise unsupported(message, "response_format")
+    check_common(asked)
+    for name, instead in INSTEAD.items():
+        if getattr(asked, name) is not None:
+            raise unsupported(f"'{name}' is not supported: {instead}.", name)
+    if asked.modalities not in (None, ["text"]):
+        raise unsupported("'modalities' is supported as [\"text\"] only.", "modalities")
+    if asked.tool_stream is False and asked.stream:
+        message = "'tool_stream': false is not supported: arguments of tool calls are streamed as they come."
+        raise unsupported(message, "tool_stream")
+    form = asked.response_format
+    if form is not None and (form.type != "text" or form.json_schema is not None):
+        raise unsupported('\'response_format\' is supported as {"type": "text"} only.', "response_format")
     if asked.tool_choice not in (None, "auto", "none"):
         raise unsupported("'tool_choice' is supported as 'auto' and 'none' only.", "tool_choice")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs", "invalid_value")
-    if asked.stream_options is not None and not asked.stream:
-        raise invalid("'stream_options' is allowed only with 'stream': true.", "stream_options", "invalid_value")
-    if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
-        raise invalid("'max_tokens' and 'max_completion_tokens' differ.", "max_tokens", "invalid_value")
     for name in ("max_tokens", "max_completion_tokens"):
         if getattr(asked, name) == 0:
             raise invalid(f"'{name}' must be at least 1.", name, "invalid_value")
-    check_depth(asked.metadata, "metadata")
     check_depth(asked.tools, "tools")
     validate_tools(asked.tools or ())
 
@@ -44,10 +60,11 @@ async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str
     size: bytes of the request, which tell how long rendering may take
     """
     prompt = await _render(services, asked, tools, size)
-    rid = asked.rid or services.new_id("chatcmpl")
+    _, rid = agreed({"rid": asked.rid, "request_id": asked.request_id}) or ("", services.new_id("chatcmpl"))
+    most = agreed({"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens})
     wish = Wish(
-        fields=asked,
-        max_tokens=asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
+        fields=msgspec.structs.replace(asked, temperature=0.0) if asked.do_sample is False else asked,
+        max_tokens=None if most is None else most[1],
         min_tokens=asked.min_tokens,
         seed=asked.seed,
         default_max_tokens=None,
@@ -71,26 +88,34 @@ async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, 
         raise invalid("'messages' is empty; give at least one.", "messages", "invalid_value")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(asked.messages)]
     tokenizer = services.require_tokenizer()
-    options = asked.chat_template_kwargs
-    enable_thinking = None if options is None else options.enable_thinking
+    variables = thinking_variables(asked, tokenizer)
 
     def render() -> Prompt:
-        text = tokenizer.apply_chat_template(messages, tools, enable_thinking=enable_thinking)
+        text = tokenizer.apply_chat_template(messages, tools, **variables)
         return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=False), text=text)
 
     return await maybe_in_thread(size, render)
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:
-    """A message as templates read it: only the fields that carry something, tool arguments as an object."""
+    """A message as templates read it: only the fields that carry something, tool arguments as an object.
+
+    GLM's templates print a content of null as ``None``, and the parts of a tool's as they stand in the request: both
+    become text.
+    """
     if message.content is None and not (message.role == "assistant" and message.tool_calls):
         raise invalid(f"'{where}.content' is missing.", f"{where}.content", "invalid_value")
-    content: Any = message.content
+    content: Any = message.content or ""
     if isinstance(content, list):
         content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+        if message.role == "tool":
+            content = "".join(part["text"] for part in content)
     plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    if message.reasoning_content is not None:
-        plain["reasoning_content"] = message.reasoning_content
+    reasoning = agreed(
+        {f"{where}.reasoning_content": message.reasoning_content, f"{where}.reasoning": message.reasoning}
+    )
+    if reasoning is not None:
+        plain["reasoning_content"] = reasoning[1]
     if message.tool_call_id is not None:
         plain["tool_call_id"] = message.tool_call_id
     if message.name is not None:
@@ -102,7 +127,9 @@ def _message(message: Message, where: str) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _arguments(call.function.arguments, f"{where}.tool_calls[{index}].function.arguments"),
+                    "arguments": _arguments(
+                        call.function.arguments or "{}", f"{where}.tool_calls[{index}].function.arguments"
+                    ),
                 },
             }
             for index, call in enumerate(message.tool_calls)
@@ -122,7 +149,7 @@ def _arguments(given: str | dict[str, Any], where: str) -> dict[str, Any]:
     """Templates walk the arguments of a tool call, so they must be an object; clients send them as a JSON string."""
     if isinstance(given, str):
         try:
-            given = msgspec.json.decode(given or "{}")
+            given = msgspec.json.decode(given)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise invalid(f"'{where}' is not valid JSON.", where, "invalid_value") from None
     if not isinstance(given, dict):

@@ -14,14 +14,15 @@ from starlette.responses import Response
 
 from nextn.protocol.messages import TokenLogprobs
 from nextn.server.answers import Completion, CompletionChoice, SpecSteps, usage_of
-from nextn.server.decoding import check_depth, decode, read_body
-from nextn.server.errors import invalid, unsupported
+from nextn.server.decoding import decode, read_body
+from nextn.server.errors import unsupported
 from nextn.server.generating import Choice, Piece, Plan, generate
 from nextn.server.logprobs import completion_logprobs
+from nextn.server.openai_request import check_common
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import read_prompts
-from nextn.server.requests import CompletionRequest
+from nextn.server.requests import CompletionRequest, StreamOptions
 from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.services import Services
 
@@ -50,13 +51,11 @@ def router(services: Services) -> APIRouter:
 
 
 def _refuse_unsupported(asked: CompletionRequest) -> None:
-    check_depth(asked.metadata, "metadata")
+    check_common(asked)
     if asked.suffix:
         raise unsupported("'suffix' is not supported: these models do not fill in the middle.", "suffix")
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
         raise unsupported("'best_of' is supported only where it equals 'n'.", "best_of")
-    if asked.stream_options is not None and not asked.stream:
-        raise invalid("'stream_options' is allowed only with 'stream': true.", "stream_options", "invalid_value")
 
 
 async def _plan(services: Services, asked: CompletionRequest) -> Plan:
@@ -124,25 +123,25 @@ class _Writer:
 
 async def _stream(services: Services, asked: CompletionRequest, plan: Plan) -> AsyncGenerator[bytes, None]:
     writer = _Writer(services, asked, plan)
-    wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+    options = asked.stream_options or StreamOptions()
     created = int(time.time())
     seen: dict[int, Choice] = {}
 
-    def chunk(choices: list[CompletionChoice], usage: Any) -> bytes:
+    def chunk(choices: list[CompletionChoice], has_usage: bool | None = options.continuous_usage_stats) -> bytes:
+        usage = usage_of(seen.values(), plan.n) if has_usage else None if options.include_usage else msgspec.UNSET
         answer = Completion(
             id=plan.rid, created=created, model=services.served_model_name, choices=choices, usage=usage
         )
         return sse(msgspec.json.encode(answer))
 
-    no_usage = None if wants_usage else msgspec.UNSET
     async with aclosing(generate(services, plan)) as steps:
         async for pieces in steps:
             seen.update((piece.choice.index, piece.choice) for piece in pieces)
-            events = [chunk([writer.write(piece)], no_usage) for piece in pieces if writer.has_news(piece)]
+            events = [chunk([writer.write(piece)]) for piece in pieces if writer.has_news(piece)]
             if events:
                 yield b"".join(events)
-    if wants_usage:
-        yield chunk([], usage_of(seen.values(), plan.n))
+    if options.include_usage:
+        yield chunk([], has_usage=True)
 
 
 async def _collect(services: Services, asked: CompletionRequest, plan: Plan) -> bytes:

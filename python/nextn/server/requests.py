@@ -44,14 +44,18 @@ class SamplingFields(_Strict, kw_only=True, frozen=True):
 
 
 class StreamOptions(_Strict, kw_only=True, frozen=True):
+    """continuous_usage_stats: every chunk says the usage so far"""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
-class _OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
+class OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     """Fields that chat and text completions share.
 
     return_spec_steps: the answer says per step how many tokens were drafted, accepted and emitted
-    user, metadata, store: taken and not used; they carry no meaning for a server that keeps nothing
+    user, metadata, safety_identifier, prompt_cache_key: labels, which ask for nothing that changes an answer
     """
 
     model: str | None = None
@@ -66,10 +70,13 @@ class _OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     return_spec_steps: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     store: bool | None = None
+    service_tier: str | None = None
 
 
-class CompletionRequest(_OpenAIRequest, kw_only=True, frozen=True):
+class CompletionRequest(OpenAIRequest, kw_only=True, frozen=True):
     """``POST /v1/completions``. The prompt is a text, token ids, or a list of either."""
 
     prompt: str | list[str | TokenId | TokenIds]
@@ -79,11 +86,19 @@ class CompletionRequest(_OpenAIRequest, kw_only=True, frozen=True):
     suffix: str | None = None
 
 
+class CacheControl(_Strict, kw_only=True, frozen=True):
+    type: Literal["ephemeral"]
+
+
 class ContentPart(_Strict, kw_only=True, frozen=True):
-    """A piece of a message. Only ``text`` is served; the rest is known so that the refusal can name the type."""
+    """A piece of a message. Only ``text`` is served; the rest is known so that the refusal can name the type.
+
+    cache_control: asks that the prompt up to here be cached, as every prompt is
+    """
 
     type: str
     text: str | None = None
+    cache_control: CacheControl | None = None
     image_url: Any = None
     video_url: Any = None
     input_audio: Any = None
@@ -93,22 +108,26 @@ class ContentPart(_Strict, kw_only=True, frozen=True):
 
 class FunctionCall(_Strict, kw_only=True, frozen=True):
     name: Annotated[str, Meta(min_length=1)]
-    arguments: str | dict[str, Any] = "{}"
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(_Strict, kw_only=True, frozen=True):
     function: FunctionCall
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     index: int | None = None
 
 
 class Message(_Strict, kw_only=True, frozen=True):
-    """One message. The fields after ``tool_call_id`` are what clients send back from earlier answers, unused."""
+    """One message. The fields after ``name`` are what clients send back from earlier answers, unused.
+
+    reasoning: another name for reasoning_content
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -118,14 +137,25 @@ class Message(_Strict, kw_only=True, frozen=True):
     function_call: None = None
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True, frozen=True):
+class ResponseFormat(_Strict, kw_only=True, frozen=True):
     """Only ``{"type": "text"}`` is served."""
 
     type: str
+    json_schema: Any = None
 
 
 class ChatTemplateOptions(_Strict, kw_only=True, frozen=True):
+    """clear_thinking: false shows the model the reasoning of all its turns, true only that since the user's last"""
+
     enable_thinking: bool | None = None
+    clear_thinking: bool | None = None
+
+
+class Thinking(_Strict, kw_only=True, frozen=True):
+    """What ``chat_template_kwargs`` says, as the API of GLM's makers says it."""
+
+    type: Literal["enabled", "disabled"] | None = None
+    clear_thinking: bool | None = None
 
 
 class NamedTool(_Strict, kw_only=True, frozen=True):
@@ -133,10 +163,15 @@ class NamedTool(_Strict, kw_only=True, frozen=True):
     function: dict[str, Any]
 
 
-class ChatRequest(_OpenAIRequest, kw_only=True, frozen=True):
+class ChatRequest(OpenAIRequest, kw_only=True, frozen=True):
     """``POST /v1/chat/completions``.
 
     separate_reasoning: false leaves the reasoning, tags included, in ``content``
+    thinking, enable_thinking: other names for those of chat_template_kwargs
+    reasoning_effort: GLM-4 thinks or does not: ``none`` turns thinking off, all else leaves it on
+    request_id, user_id, do_sample, tool_stream: of the API of GLM's makers: rid, user, false for temperature 0, and
+        true for arguments of tool calls that are streamed as they come
+    audio and what follows it: known so that the refusal can say what to do instead
     """
 
     messages: list[Message]
@@ -149,6 +184,20 @@ class ChatRequest(_OpenAIRequest, kw_only=True, frozen=True):
     response_format: ResponseFormat | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
     separate_reasoning: bool | None = None
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    modalities: list[str] | None = None
+    request_id: Rid | None = None
+    user_id: str | None = None
+    do_sample: bool | None = None
+    tool_stream: bool | None = None
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    prediction: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
 
 
 class NativeSampling(SamplingFields, kw_only=True, frozen=True):

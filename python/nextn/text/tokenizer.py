@@ -79,6 +79,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None
 
+    def template_reads(self, variable: str) -> bool:
+        """Whether the chat template depends on a variable: what it does not read has no effect."""
+        return re.search(rf"\b{variable}\b", str(self._tokenizer.chat_template)) is not None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognised."""
         return self.encode_batch([text], add_special_tokens)[0]
