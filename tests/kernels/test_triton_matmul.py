@@ -120,19 +120,27 @@ def test_batch_invariance_is_exact(device: torch.device) -> None:
         assert torch.equal(alone, whole[rows])
 
 
-@pytest.mark.parametrize("block", [None, (128, 128), (64, 32)])
+@pytest.mark.parametrize("block", [None, 32, (128, 128), (64, 32)])
 @pytest.mark.parametrize("size", [(65, 130, 144), (150, 300, 256)])
 def test_copies_by_descriptor_give_the_same(
-    size: tuple[int, int, int], block: tuple[int, int] | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int, int],
+    block: int | tuple[int, int] | None,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """block: of both, or of x alone, or of none"""
     m, n, k = size
+    k -= k % block if isinstance(block, int) else 0
     x, w = torch.randn(m, k), torch.randn(n, k)
-    if block is None:
-        operands = (*quantize_per_token(x), *quantize_per_channel(w))
+    if not isinstance(block, tuple):
+        operands = (
+            *(quantize_per_token(x) if block is None else quantize_per_group(x, block)),
+            *quantize_per_channel(w),
+        )
     else:
         operands = (*quantize_per_group(x, block[1]), *quantize_blocks(w, block))
     moved = [t.to(device) for t in operands]
-    multiply = w8a8_matmul if block is None else partial(block_fp8_matmul, block=block)
+    multiply = partial(block_fp8_matmul, block=block) if isinstance(block, tuple) else w8a8_matmul
     plain = multiply(*moved)
     described: list[torch.Tensor] = []
     original = gpu.described
