@@ -157,7 +157,12 @@ def test_log_probabilities_are_left_to_the_plain_step(make_engine: EngineFactory
     expected = run_outputs(make_engine(), requests)
     launches.clear()
     found = run_outputs(make_engine(decode_on_device=True), requests)
-    assert [o.logprobs for o in found["a"]] == [o.logprobs for o in expected["a"]]
+    got, wanted = ([one for o in outputs["a"] for one in o.logprobs or ()] for outputs in (found, expected))
+    assert [one.token_id for one in got] == [one.token_id for one in wanted]
+    # Without compiled kernels the last bits depend on what else is in the batch.
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert dict(mine.top) == pytest.approx(dict(theirs.top), abs=1e-4)
     assert all(output.logprobs for output in found["a"])
     assert launches, "once it has ended, the other goes on without the plain step"
 
