@@ -15,9 +15,9 @@ from tests.card import SHARED_MEMORY
 
 READ_EARLY = {"_norm_rows", "_rope_and_cache", "attend_tiles", "merge_parts", "_expert_matmul"}
 """Kernels that read what is older than the launch before, while that may still run."""
-PUT_ASIDE = {("_matmul", 80): 8, ("_project", 80): 8, ("attend_tiles", 89): 24}
-"""Bytes that may be put aside outside of loops, so that one program more shares a processor: in products for capability
-8.0, and in attention over FP8 for 8.9 where the order may not depend on the batch. Nowhere else anything may."""
+TWO_REGISTERS = 8
+"""Bytes that may be put aside outside of loops in a product for capability 8.0, so that two programs share a
+processor; nowhere else anything may."""
 
 
 def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
         assert one["shared_bytes"] <= SHARED_MEMORY[arch], one
         is_product = one["kernel"] in ("_matmul", "_project")
         if arch < 100:
-            assert one["stack_bytes"] <= PUT_ASIDE.get((one["kernel"], arch), 0), one
+            assert one["stack_bytes"] <= (TWO_REGISTERS if is_product and arch == 80 else 0), one
             assert one["spills_in_loops"] == 0, one
         if arch >= 90:
             assert one["writes_early"] == 0, one

@@ -68,7 +68,7 @@ def choose_config(
     if batch_invariant:
         if is_large:
             return AttentionConfig(64, 32, num_warps=4, num_stages=4 if is_fp8 else 3)
-        return AttentionConfig(32, *((64, 4, 2) if is_fp8 else (32, 4, 3)))
+        return AttentionConfig(32, 32, num_warps=4, num_stages=3)
     block_m = min(max(gpu.next_power_of_2(num_rows), 16), 128)
     num_stages = 3
     if num_rows > 256:  # limited by arithmetic
