@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nextn.execution.decode_runner import DecodeRunner, padded_sizes
+from nextn.kernels import native
 from nextn.protocol.messages import AddRequest
 from nextn.speculative.policy import DraftLengthPolicy
 
@@ -158,6 +159,7 @@ def test_log_probabilities_are_left_to_the_plain_step(make_engine: EngineFactory
     launches.clear()
     found = run_outputs(make_engine(decode_on_device=True), requests)
     got, wanted = ([one for o in outputs["a"] for one in o.logprobs or ()] for outputs in (found, expected))
+    assert got == wanted or native.cpu is None
     assert [one.token_id for one in got] == [one.token_id for one in wanted]
     # Without compiled kernels the last bits depend on what else is in the batch.
     for mine, theirs in zip(got, wanted, strict=True):
