@@ -96,9 +96,11 @@ def run_all(engine: Engine, requests: list[AddRequest]) -> dict[str, list[int]]:
     return {rid: [t for o in outputs for t in o.token_ids] for rid, outputs in run_outputs(engine, requests).items()}
 
 
-def run_outputs(engine: Engine, requests: list[AddRequest]) -> dict[str, list[RequestOutput]]:
-    """As run_all, with every output message."""
-    found: dict[str, list[RequestOutput]] = {r.rid: [] for r in requests}
+def run_outputs(
+    engine: Engine, requests: list[AddRequest], known: list[str] | None = None
+) -> dict[str, list[RequestOutput]]:
+    """As run_all, with every output message. known: requests that have been added already"""
+    found: dict[str, list[RequestOutput]] = {rid: [] for rid in [*(known or ()), *(r.rid for r in requests)]}
     for one in requests:
         refusal = engine.add(one)
         assert refusal is None, refusal

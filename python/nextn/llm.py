@@ -18,6 +18,7 @@ from nextn.execution.ranks_beside import RanksBeside
 from nextn.execution.threads import set_num_threads
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep, TokenLogprobs, first_steps
 from nextn.protocol.sampling import TokenSampling
+from nextn.text.grammar import Form, ebnf_form, json_form, regex_form
 from nextn.text.output import OutputAssembler
 from nextn.text.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class SamplingParams:
 
     temperature: 0 is greedy
     top_k: 0 keeps all tokens
+    json_schema, regex, ebnf: what the text must follow, at most one of them
     stop: strings that end the text before them; stop_token_ids: tokens that end it like an eos
     seed: the same seed, prompt and number of drafts give the same tokens; None draws one
     logprobs: None, or how many of the likeliest tokens to report beside each chosen one
@@ -48,9 +50,26 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    json_schema: Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     skip_special_tokens: bool = True
     seed: int | None = None
     logprobs: int | None = None
+
+    @property
+    def grammar(self) -> str | None:
+        """What the engine holds the output to. Raises RequestError where it is asked for wrongly."""
+        forms: list[Form] = []
+        if self.json_schema is not None:
+            forms.append(json_form(self.json_schema, "json_schema"))
+        if self.regex is not None:
+            forms.append(regex_form(self.regex, "regex"))
+        if self.ebnf is not None:
+            forms.append(ebnf_form(self.ebnf, "ebnf"))
+        if len(forms) > 1:
+            raise RequestError("json_schema, regex, ebnf: found several, expected at most one", "json_schema")
+        return forms[0].as_grammar() if forms else None
 
     def for_engine(self, seed: int) -> TokenSampling:
         """The part that the engine applies, with the seed resolved."""
@@ -170,7 +189,13 @@ class LLM:
 
     def _add(self, pending: dict[str, _Pending], rid: str, ids: list[int], params: SamplingParams) -> None:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        request = AddRequest(rid=rid, input_ids=ids, sampling=params.for_engine(seed), num_top_logprobs=params.logprobs)
+        request = AddRequest(
+            rid=rid,
+            input_ids=ids,
+            sampling=params.for_engine(seed),
+            num_top_logprobs=params.logprobs,
+            grammar=params.grammar,
+        )
         while True:
             refusal = self.engine.add(request)
             if refusal is None:

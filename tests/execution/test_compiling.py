@@ -31,6 +31,7 @@ from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
 from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeRows, DecodeStep
+from nextn.speculative.grammar import Grammars
 from nextn.speculative.proposer import NextNProposer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -185,7 +186,7 @@ def _run_decode_steps(
 
 def _run_prompts(config: EngineConfig, target: Glm4MoeForCausalLM, proposer: NextNProposer, kv_cache: KVCache) -> None:
     """Of any length, alone and together, cut into chunks, beside others that decode, greedy and sampled."""
-    cycle = SpeculativeCycle(target, proposer, kv_cache, page_size=config.page_size)
+    cycle = SpeculativeCycle(target, proposer, kv_cache, page_size=config.page_size, grammars=Grammars(None, 0))
     scheduler = Scheduler(
         SchedulerConfig(
             max_running=MAX_SEQS,

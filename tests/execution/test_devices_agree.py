@@ -22,6 +22,7 @@ from nextn.scheduler.scheduler import Extend, Scheduler, SchedulerConfig
 from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeRows, DecodeStep
+from nextn.speculative.grammar import Grammars
 from nextn.speculative.proposer import NextNProposer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,7 +186,7 @@ def test_steps_with_prompts_keep_to_one_device(
     parts: tuple[Glm4MoeForCausalLM, NextNProposer, KVCache], launched: list[str]
 ) -> None:
     target, proposer, kv_cache = parts
-    cycle = SpeculativeCycle(target, proposer, kv_cache, page_size=PAGE_SIZE)
+    cycle = SpeculativeCycle(target, proposer, kv_cache, page_size=PAGE_SIZE, grammars=Grammars(None, 0))
     config = SchedulerConfig(
         max_running=NUM_SLOTS,
         max_queued=9,

@@ -16,6 +16,14 @@ from tests.server.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, Behaviour
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 HELLO = [{"role": "user", "content": "hello"}]
+UNIQUE = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "strict": True,
+        "parameters": {"type": "object", "properties": {"ids": {"type": "array", "uniqueItems": True}}},
+    },
+}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -38,6 +46,10 @@ def nested(depth: int) -> Any:
     for _ in range(depth):
         value = {"properties": {"a": value}}
     return value
+
+
+def schema(value: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
 
 
 # (path, fields beside a valid prompt, the field at fault); every one is a 400
@@ -136,18 +148,40 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
         {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "messages[1].tool_calls[0].function.arguments",
     ),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
-    (CHAT, {"response_format": {"type": "text", "json_schema": {}}}, "response_format"),
+    (CHAT, {"response_format": {"type": "grammar"}}, "response_format.type"),
     (CHAT, {"response_format": {"type": "text", "grammar": "x"}}, "response_format.grammar"),
-    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    (CHAT, {"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+    (CHAT, {"response_format": schema({"type": "strange"})}, "response_format.json_schema.schema"),
+    (CHAT, {"response_format": schema(nested(80))}, "response_format.json_schema.schema"),
+    (CHAT, {"response_format": schema({"enum": ["x" * 200_000]})}, "response_format.json_schema.schema"),
+    (CHAT, {"response_format": schema({"type": "array", "uniqueItems": True})}, "response_format.json_schema.schema"),
+    (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    (CHAT, {"response_format": {"type": "json_object"}, "min_tokens": 2}, "min_tokens"),
+    (CHAT, {"response_format": {"type": "json_object"}, "regex": "a"}, "response_format"),
+    (CHAT, {"regex": "a", "ebnf": 'root ::= "a"'}, "regex"),
+    (CHAT, {"regex": "[a-"}, "regex"),
+    (CHAT, {"json_schema": "{"}, "json_schema"),
+    (CHAT, {"json_schema": "[]"}, "json_schema"),
+    (COMPLETIONS, {"ebnf": "root ::= other"}, "ebnf"),
+    (COMPLETIONS, {"json_schema": {"type": 3}}, "json_schema"),
+    (GENERATE, {"sampling_params": {"regex": "("}}, "sampling_params.regex"),
+    (GENERATE, {"sampling_params": {"regex": "a", "min_new_tokens": 1}}, "sampling_params.min_new_tokens"),
+    (GENERATE, {"sampling_params": {"json_schema": nested(80)}}, "sampling_params.json_schema"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"logprobs": 3}, "logprobs"),
-    (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    (CHAT, {"tools": [], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "custom", "function": {"name": "f"}}}, "tool_choice.type"),
     (CHAT, {"tool_choice": "auto", "tools": [{"type": "x"}]}, "tools[0].type"),
     (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
+    (CHAT, {"tools": [UNIQUE]}, "tools[0].function.parameters.properties.ids"),
     (CHAT, {"tools": "f"}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(80)}}]}, "tools"),
     (CHAT, {"chat_template_kwargs": {"evil": 1}}, "chat_template_kwargs.evil"),
@@ -190,8 +224,6 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (GENERATE, {"sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
     (GENERATE, {"sampling_params": {"max_tokens": 5}}, "sampling_params.max_tokens"),
     (GENERATE, {"sampling_params": {"stop": [""]}}, "sampling_params.stop"),
-    (GENERATE, {"sampling_params": {"regex": "a"}}, "sampling_params.regex"),
-    (GENERATE, {"sampling_params": {"json_schema": "{}"}}, "sampling_params.json_schema"),
     (GENERATE, {"sampling_params": {"logit_bias": {str(VOCAB_SIZE): 1}}}, "sampling_params.logit_bias"),
     (GENERATE, {"sampling_params": {"max_new_tokens": 1, "min_new_tokens": 2}}, "sampling_params.min_new_tokens"),
     (GENERATE, {"sampling_params": [{}, {}]}, "sampling_params"),

@@ -27,7 +27,8 @@ class EngineConfig:
     max_total_tokens: KV slots in all; None picks a size from memory
     chunked_prefill_size: most prompt tokens computed in one step; -1 computes whole prompts; None is 512 on a CPU and
         4096 on a GPU
-    tokenizer_path: folder of the tokenizer that the canary's text is for; None is model_path
+    tokenizer_path: folder of the tokenizer that the canary's text and grammars are for; None is model_path
+    serves_grammars: whether outputs can be held to a grammar, where there is a tokenizer
     shadow_rate: share of finished requests that are scored again without speculation
     canary: what happens when the draft fails its trial at start; "off" has none
     num_draft_steps: drafts per step; None lets the policy choose 0 … 5 where the checkpoint has a NextN layer
@@ -58,6 +59,7 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     num_draft_steps: int | None = None
     tokenizer_path: str | None = None
+    serves_grammars: bool = True
     canary: Literal["warn", "fail", "off"] = "warn"
     shadow_rate: float = 0.0
     random_seed: int = 0

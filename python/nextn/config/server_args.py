@@ -154,6 +154,9 @@ class ServerArgs:
     enable_metrics: bool = _option(True, _HTTP, "serve Prometheus metrics at /metrics")
     stream_interval: int = _option(1, _HTTP, "tokens gathered before a chunk is sent", least=1)
     tool_call_parser: str | None = _option(None, _HTTP, "format of tool calls", choices=("glm45", "glm47"), kind=str)
+    grammar_backend: str = _option(
+        "llguidance", _HTTP, "what holds answers to a schema or a grammar", choices=("llguidance", "none")
+    )
     reasoning_parser: str | None = _option(None, _HTTP, "separate <think> text", choices=("glm45",), kind=str)
 
     max_body_bytes: int = _option(16 * 2**20, _LIMITS, "largest request body", least=1024)
@@ -260,10 +263,15 @@ class ServerArgs:
             enable_prefix_cache=not self.disable_radix_cache,
             num_draft_steps=num_draft_steps,
             tokenizer_path=self.tokenizer_path,
+            serves_grammars=self.serves_grammars,
             canary=_literal(self.speculative_canary),
             shadow_rate=self.speculative_shadow_rate,
             random_seed=self.random_seed,
         )
+
+    @property
+    def serves_grammars(self) -> bool:
+        return self.grammar_backend != "none" and not self.skip_tokenizer_init
 
     @property
     def max_requests_in_flight(self) -> int:

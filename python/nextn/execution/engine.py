@@ -15,7 +15,7 @@ from nextn.config.engine_config import EngineConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import RequestError
 from nextn.execution.counters import Counters
-from nextn.execution.outputs import check_request, output_of, refusal
+from nextn.execution.outputs import check_request, failure, output_of, refusal
 from nextn.execution.rehearsal import check_numbers, run_canary, warm_up, warm_up_kernels
 from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
 from nextn.execution.step import Stepper
@@ -43,7 +43,7 @@ class Engine:
         started = time.monotonic()
         self.config = config
         shard = load_shard(config, tp)
-        self._loaded, self._cycle = shard.loaded, shard.cycle
+        self._loaded, self._cycle, self._grammars = shard.loaded, shard.cycle, shard.grammars
         model_config, draft = self._loaded.model_config, self._loaded.draft
         num_drafts = config.num_draft_steps
         policy: DraftLengthPolicy | None = None
@@ -133,12 +133,15 @@ class Engine:
             if request.rid in self.scheduler:
                 raise RequestError(f"rid: {request.rid!r} is in use by a running request; choose another", "rid")
             check_request(request, context_length=self.context_length, vocab_size=self.vocab_size)
+            if self.scheduler.is_full:
+                limit = self.config.max_running_requests + self.config.max_queued_requests
+                return refusal(request, "queue_full", f"{limit} requests run or wait already; try again later")
+            matcher = None if request.grammar is None else self._grammars.compile(request.grammar)
         except RequestError as error:
             return refusal(request, "invalid", str(error))
-        if self.scheduler.is_full:
-            limit = self.config.max_running_requests + self.config.max_queued_requests
-            return refusal(request, "queue_full", f"{limit} requests run or wait already; try again later")
-        self.scheduler.add(request)
+        seq = self.scheduler.add(request)
+        if matcher is not None:
+            self._grammars.start(seq, matcher)
         return None
 
     def abort(self, rid: str | None) -> list[RequestOutput]:
@@ -161,12 +164,20 @@ class Engine:
             if kept:
                 step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
                 outputs.append(output_of(extend.seq, kept, [step], decision.logprobs, is_first=is_first))
-            if self._shadow is not None and extend.seq.finish_reason is not None:
+            if self._shadow is not None and extend.seq.finish_reason is not None and extend.seq.request.grammar is None:
                 self._shadow.offer(extend.seq)
         if any(one.extend.num_drafts for one in steps):
             self._monitor.end_step()
         self._counters.num_steps += bool(steps)
-        return outputs
+        return outputs + self._give_up()
+
+    def _give_up(self) -> list[RequestOutput]:
+        """End the sequences whose grammar cannot be followed any further."""
+        failed = [(seq, reason) for seq, reason in self._grammars.take_failed() if seq.finish_reason is None]
+        for seq, reason in failed:
+            logger.warning("request %s: its grammar failed: %s", seq.request.rid, reason)
+        self._counters.num_aborted += len(failed)
+        return [failure(seq, f"grammar: {reason}") for seq, reason in failed if self.scheduler.abort(seq.request.rid)]
 
     def still_here(self) -> None:
         """Tell the other ranks, if there are any, that nothing is wrong although nothing happens."""

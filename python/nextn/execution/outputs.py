@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from nextn.errors import RequestError
 from nextn.protocol.messages import AddRequest, RequestOutput, SpecStep, TokenLogprobs
 from nextn.scheduler.sequence import Sequence
@@ -37,6 +39,12 @@ def output_of(
     )
 
 
+def failure(seq: Sequence, message: str) -> RequestOutput:
+    """The last output of a request that was aborted because it cannot be served any further as it asks."""
+    last = output_of(seq, [], [], None)
+    return msgspec.structs.replace(last, finish_reason="error", error=message, error_kind="invalid")
+
+
 def refusal(request: AddRequest, kind: str, message: str) -> RequestOutput:
     """The only output of a request that is not taken."""
     return RequestOutput(
@@ -63,6 +71,9 @@ def check_request(request: AddRequest, *, context_length: int, vocab_size: int) 
             "input_ids",
             "context_length_exceeded",
         )
+    if request.grammar is not None and (sampling.ignore_eos or sampling.min_new_tokens):
+        name = "ignore_eos" if sampling.ignore_eos else "min_new_tokens"
+        raise RequestError(f"{name}: an output ends where its grammar does; leave one of the two out", name)
     ids = (*request.input_ids, *sampling.logit_bias, *sampling.stop_token_ids)
     if min(ids) < 0 or max(ids) >= vocab_size:
         bad = next(i for i in ids if not 0 <= i < vocab_size)

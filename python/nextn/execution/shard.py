@@ -11,6 +11,7 @@ import torch
 
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
+from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import TensorParallel
 from nextn.errors import ConfigError
 from nextn.execution.compiling import META, compile_kernels, prompts_of_every_kind, without_memory
@@ -32,6 +33,7 @@ from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeStep
 from nextn.speculative.follower import Follower
+from nextn.speculative.grammar import Grammars
 from nextn.speculative.proposer import NextNProposer
 
 DEFAULT_NUM_DRAFT_STEPS = 3
@@ -69,6 +71,7 @@ class ModelShard:
     bytes_per_token: int
     max_prefill_tokens: int
     max_draft_steps: int
+    grammars: Grammars
     cycle: SpeculativeCycle
     runner: DecodeRunner | None
 
@@ -134,16 +137,27 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
         )
     )
     context = min(context, num_pages * config.page_size)
+    grammars = _grammars(config, model_config, tp)
     runner: DecodeRunner | None = None
     with out_of_memory_means("lower --max-total-tokens, --mem-fraction-static or --cuda-graph-max-bs"):
         kv_cache = kv_cache_of(num_pages)
         proposer = None if loaded.draft is None else NextNProposer(loaded.draft, kv_cache)
-        cycle = SpeculativeCycle(loaded.target, proposer, kv_cache, page_size=config.page_size, tp=tp)
+        cycle = SpeculativeCycle(
+            loaded.target, proposer, kv_cache, page_size=config.page_size, grammars=grammars, tp=tp
+        )
         if device.type == "cuda" or config.decode_on_device:
             runner = _decode_runner(config, loaded, proposer, kv_cache, context, max_drafts, tp)
             if config.enable_cuda_graph and device.type == "cuda":
                 runner.record(_max_recorded(config), _recorded_drafts(config, max_drafts), show=tp.is_first)
-    return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, chunk, max_drafts, cycle, runner)
+    return ModelShard(loaded, kv_cache, num_pages, context, bytes_per_token, chunk, max_drafts, grammars, cycle, runner)
+
+
+def _grammars(config: EngineConfig, model_config: ModelConfig, tp: TensorParallel) -> Grammars:
+    """Of rank 0, which alone decides tokens."""
+    if not (config.serves_grammars and tp.is_first):
+        return Grammars(None, model_config.vocab_size)
+    ends = [token for token in model_config.eos_token_ids if token < model_config.vocab_size]
+    return Grammars.of_tokenizer(config.tokenizer_path or config.model_path, model_config.vocab_size, ends)
 
 
 def _max_prefill_tokens(config: EngineConfig, device: torch.device) -> int:

@@ -237,6 +237,7 @@ def _is_served(seq: Sequence) -> bool:
     request = seq.request
     return (
         request.num_top_logprobs is None
+        and request.grammar is None
         and len(request.sampling.logit_bias) <= MAX_BIASES
         and len(seq.stop_ids) <= MAX_STOP_IDS
     )

@@ -22,6 +22,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache_salt: requests share cached prefixes only with requests of the same salt
     num_top_logprobs: None returns no logprobs; n ≥ 0 returns the chosen token's and the n most likely
     prompt_logprobs_start: None, or the first prompt position whose logprob is wanted (position 0 has none)
+    grammar: what the output must follow, in the language of llguidance; None for nothing
     """
 
     rid: str
@@ -31,6 +32,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache_salt: str = ""
     num_top_logprobs: int | None = None
     prompt_logprobs_start: int | None = None
+    grammar: str | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

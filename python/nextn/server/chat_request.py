@@ -9,6 +9,7 @@ import msgspec
 from nextn.server.decoding import check_depth
 from nextn.server.errors import invalid, unsupported
 from nextn.server.generating import Plan, Prompt
+from nextn.server.grammar import chat_grammar
 from nextn.server.openai_request import agreed, check_common
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import maybe_in_thread
@@ -40,10 +41,9 @@ def check_supported(asked: ChatRequest) -> None:
         message = "'tool_stream': false is not supported: arguments of tool calls are streamed as they come."
         raise unsupported(message, "tool_stream")
     form = asked.response_format
-    if form is not None and (form.type != "text" or form.json_schema is not None):
-        raise unsupported('\'response_format\' is supported as {"type": "text"} only.', "response_format")
-    if asked.tool_choice not in (None, "auto", "none"):
-        raise unsupported("'tool_choice' is supported as 'auto' and 'none' only.", "tool_choice")
+    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+        message = "'response_format.json_schema' belongs to the type 'json_schema', and to no other."
+        raise invalid(message, "response_format.json_schema", "invalid_value")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs", "invalid_value")
     for name in ("max_tokens", "max_completion_tokens"):
@@ -60,6 +60,7 @@ async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str
     size: bytes of the request, which tell how long rendering may take
     """
     prompt = await _render(services, asked, tools, size)
+    grammar = await chat_grammar(services, asked, tools, prompt.text or "")
     _, rid = agreed({"rid": asked.rid, "request_id": asked.request_id}) or ("", services.new_id("chatcmpl"))
     most = agreed({"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens})
     wish = Wish(
@@ -68,6 +69,7 @@ async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str
         min_tokens=asked.min_tokens,
         seed=asked.seed,
         default_max_tokens=None,
+        grammar=grammar,
         prompt_param="messages",
     )
     options = Options(

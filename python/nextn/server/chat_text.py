@@ -32,10 +32,8 @@ class ChatWriter:
     """
 
     def __init__(self, services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str) -> None:
-        separates = asked.separate_reasoning
-        if separates is None:
-            separates = services.args.reasoning_parser is not None
         self._tokenizer = services.require_tokenizer()
+        separates = separates_reasoning(services, asked)
         self._parser = MessageParser(prompt, separates_reasoning=separates, tools=tools)
         self._wants_steps = bool(asked.return_spec_steps)
         self._num_top = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -67,6 +65,12 @@ class ChatWriter:
         """OpenAI's word for how the choice ended."""
         has_calls = self._parser.num_calls > 0
         return "tool_calls" if has_calls and choice.finish_reason == "stop" else choice.finish_reason
+
+
+def separates_reasoning(services: Services, asked: ChatRequest) -> bool:
+    """Whether the reasoning is set apart from the content."""
+    wanted = asked.separate_reasoning
+    return services.args.reasoning_parser is not None if wanted is None else wanted
 
 
 def _delta(part: MessagePart) -> ChatDelta:

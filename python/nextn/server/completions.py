@@ -17,6 +17,7 @@ from nextn.server.answers import Completion, CompletionChoice, SpecSteps, usage_
 from nextn.server.decoding import decode, read_body
 from nextn.server.errors import unsupported
 from nextn.server.generating import Choice, Piece, Plan, generate
+from nextn.server.grammar import own_grammar
 from nextn.server.logprobs import completion_logprobs
 from nextn.server.openai_request import check_common
 from nextn.server.openapi import documented
@@ -67,6 +68,7 @@ async def _plan(services: Services, asked: CompletionRequest) -> Plan:
         min_tokens=asked.min_tokens,
         seed=asked.seed,
         default_max_tokens=DEFAULT_MAX_TOKENS,
+        grammar=await own_grammar(services, asked),
     )
     options = Options(
         rid=rid,

@@ -27,7 +27,7 @@ class Prompt:
 class Plan:
     """Everything decided about a request before the engine hears of it.
 
-    prompts, samplings, rids: one per prompt; each prompt has ``n`` choices, prompt after prompt
+    prompts, samplings, grammars, rids: one per prompt; each prompt has ``n`` choices, prompt after prompt
     make_assembler: the text side of one choice of the i-th prompt; gives None where there is no tokenizer
     keep_stop_token: the text includes that of the token which ended it
     discard_output: zero new tokens were asked for (prompt logprobs only): one is computed and dropped
@@ -38,6 +38,7 @@ class Plan:
     rids: Sequence[str]
     prompts: Sequence[Prompt]
     samplings: Sequence[TokenSampling]
+    grammars: Sequence[str | None]
     make_assembler: Callable[[int], OutputAssembler | None]
     n: int
     keep_stop_token: bool
@@ -168,7 +169,7 @@ def _groups(plan: Plan, requests: Sequence[AddRequest]) -> dict[str, list[str]]:
 def _engine_requests(plan: Plan) -> list[AddRequest]:
     """One engine request per choice; the i-th choice of a prompt draws with the prompt's seed + i."""
     requests = []
-    for rid, prompt, sampling in zip(plan.rids, plan.prompts, plan.samplings, strict=True):
+    for rid, prompt, sampling, grammar in zip(plan.rids, plan.prompts, plan.samplings, plan.grammars, strict=True):
         for i in range(plan.n):
             seed = (sampling.seed + i) % 2**63
             requests.append(
@@ -180,6 +181,7 @@ def _engine_requests(plan: Plan) -> list[AddRequest]:
                     cache_salt=plan.cache_salt,
                     num_top_logprobs=plan.num_top_logprobs,
                     prompt_logprobs_start=plan.prompt_logprobs_start,
+                    grammar=grammar,
                 )
             )
     return requests

@@ -16,6 +16,7 @@ from nextn.protocol.messages import SpecStep, TokenLogprobs
 from nextn.server.decoding import decode, read_body
 from nextn.server.errors import invalid
 from nextn.server.generating import Choice, Piece, Plan, generate
+from nextn.server.grammar import own_grammar
 from nextn.server.logprobs import TokenText, native_logprobs, native_top_logprobs
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
@@ -110,7 +111,9 @@ async def _plan(services: Services, asked: GenerateRequest) -> tuple[Plan, bool]
         num_top_logprobs=(asked.top_logprobs_num or 0) if wants_logprobs else None,
         prompt_logprobs_start=start if wants_logprobs and start >= 0 else None,
     )
-    wishes = [_wish(one, param) for one in params]
+    different = params if isinstance(asked.sampling_params, list) else params[:1]
+    grammars = [await own_grammar(services, one, "sampling_params.") for one in different]
+    wishes = [_wish(one, grammars[i % len(grammars)], param) for i, one in enumerate(params)]
     return make_plan(services, prompts, wishes, options), not is_batch and options.n == 1
 
 
@@ -126,13 +129,14 @@ def _params_of(asked: GenerateRequest, num_prompts: int) -> list[NativeSampling]
     return params
 
 
-def _wish(params: NativeSampling, prompt_param: str) -> Wish:
+def _wish(params: NativeSampling, grammar: str | None, prompt_param: str) -> Wish:
     return Wish(
         fields=params,
         max_tokens=params.max_new_tokens,
         min_tokens=params.min_new_tokens,
         seed=params.seed if params.sampling_seed is None else params.sampling_seed,
         default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
+        grammar=grammar,
         prefix="sampling_params.",
         prompt_param=prompt_param,
         min_param="min_new_tokens",

@@ -19,6 +19,7 @@ class Wish:
     """What one prompt's sampling fields say, under the names that its endpoint gives them.
 
     default_max_tokens: when ``max_tokens`` is None; None is all that the context leaves
+    grammar: what the output must follow; None for nothing
     prefix: where the fields stand in the body, for error messages
     """
 
@@ -27,6 +28,7 @@ class Wish:
     min_tokens: int | None
     seed: int | None
     default_max_tokens: int | None
+    grammar: str | None
     prefix: str = ""
     prompt_param: str = "prompt"
     min_param: str = "min_tokens"
@@ -73,6 +75,7 @@ def make_plan(services: Services, prompts: Sequence[Prompt], wishes: Sequence[Wi
         rids=options.rids,
         prompts=prompts,
         samplings=samplings,
+        grammars=[wish.grammar for wish in wishes],
         make_assembler=lambda i: makers[i](),
         n=options.n,
         discard_output=discards == {True},
@@ -91,8 +94,11 @@ def _sampling(services: Services, prompt: Prompt, wish: Wish) -> TokenSampling:
     num_prompt = len(prompt.token_ids)
     num_output = fit_output(num_prompt, wish.max_tokens, wish.default_max_tokens, limit, wish.prompt_param)
     min_tokens = wish.min_tokens or 0
+    param = f"{wish.prefix}{wish.min_param}"
+    if min_tokens and wish.grammar is not None:
+        message = f"'{param}' cannot go with a schema or a grammar: the answer ends where that does."
+        raise invalid(message, param, "invalid_value")
     if min_tokens > num_output:
-        param = f"{wish.prefix}{wish.min_param}"
         message = f"'{param}' is {min_tokens}, but at most {num_output} tokens are generated."
         raise invalid(message, param, "invalid_value")
     return token_sampling(

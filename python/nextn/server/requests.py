@@ -23,6 +23,7 @@ class SamplingFields(_Strict, kw_only=True, frozen=True):
     """How to choose tokens and when to stop, as every generating endpoint takes it. None means: the default.
 
     top_k: -1 or 0 keeps all tokens
+    json_schema, regex, ebnf: what the output must follow, at most one of them; a schema may come as a string of JSON
     no_stop_trim, include_stop_str_in_output: two names for leaving the stop string in the text
     """
 
@@ -41,6 +42,9 @@ class SamplingFields(_Strict, kw_only=True, frozen=True):
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     include_stop_str_in_output: bool | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 class StreamOptions(_Strict, kw_only=True, frozen=True):
@@ -137,11 +141,20 @@ class Message(_Strict, kw_only=True, frozen=True):
     function_call: None = None
 
 
-class ResponseFormat(_Strict, kw_only=True, frozen=True):
-    """Only ``{"type": "text"}`` is served."""
+class JsonSchema(_Strict, kw_only=True, frozen=True):
+    """strict: the schema is enforced in any case"""
 
-    type: str
-    json_schema: Any = None
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict, kw_only=True, frozen=True):
+    """What the answer's content is; ``json_object`` is JSON of any object."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatTemplateOptions(_Strict, kw_only=True, frozen=True):

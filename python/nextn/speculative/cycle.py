@@ -20,6 +20,7 @@ from nextn.models.glm4_moe import Glm4MoeForCausalLM
 from nextn.protocol.messages import TokenLogprobs
 from nextn.scheduler.scheduler import Decision, Extend
 from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
+from nextn.speculative.grammar import Grammars
 from nextn.speculative.leader import Leader
 from nextn.speculative.logits import Row, adjust_logits, probs_of_rows
 from nextn.speculative.logprobs import prompt_rows, slices, token_logprobs
@@ -36,6 +37,7 @@ class SpeculativeCycle:
         kv_cache: KVCache,
         *,
         page_size: int,
+        grammars: Grammars,
         tp: TensorParallel = SINGLE,
     ) -> None:
         self.leader = Leader(tp)
@@ -44,6 +46,7 @@ class SpeculativeCycle:
         self._proposer = proposer
         self._kv_cache = kv_cache
         self._page_size = page_size
+        self._grammars = grammars
         self._device = kv_cache.k.device
 
     @torch.inference_mode()
@@ -155,7 +158,7 @@ class SpeculativeCycle:
         logits: [R, V] float32; rows: R, len(chain) + 1 per chain
         Returns per chain the number of accepted drafts and the token that follows.
         """
-        logits = adjust_logits(logits, rows)
+        logits = adjust_logits(logits, rows, self._grammars.allowed(rows))
         if all(row.sampling.is_greedy for row in rows):
             return verify_greedy(logits.argmax(-1).tolist(), chains)
         num_drafts = max(len(chain) for chain in chains)
@@ -197,7 +200,7 @@ class SpeculativeCycle:
         return self._tp.broadcast(torch.empty(len(rows), dtype=torch.int64, device=self._device)), None
 
     def _sample_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = adjust_logits(logits, rows)
+        logits = adjust_logits(logits, rows, self._grammars.allowed(rows))
         if all(row.sampling.is_greedy for row in rows):
             return logits.argmax(-1), None
         probs = probs_of_rows(logits, rows)

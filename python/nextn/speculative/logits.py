@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from nextn.kernels.gpu import upload
@@ -34,10 +35,11 @@ class Row(NamedTuple):
         return len(self.seq.tokens) + len(self.drafts)
 
 
-def adjust_logits(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
-    """Apply logit_bias, penalties and min_new_tokens.
+def adjust_logits(logits: torch.Tensor, rows: Rows[Row], allowed: np.ndarray | None = None) -> torch.Tensor:
+    """Apply logit_bias, penalties, min_new_tokens and grammars.
 
     logits: [R, V] float32, one row per Row
+    allowed: [R, ⌈V / 32⌉] int32, the tokens that grammars allow, a bit each; None for all
     Returns [R, V] float32: ``logits`` itself if no row asks for anything, else a changed copy.
     """
     adjusted = logits
@@ -66,7 +68,13 @@ def adjust_logits(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
             adjusted[i, token] += bias
         if too_short:
             adjusted[i, torch.tensor(sorted(row.seq.stop_ids), device=logits.device)] = float("-inf")
-    return adjusted
+    return adjusted if allowed is None else _masked(adjusted, upload(allowed, device=logits.device))
+
+
+def _masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """logits: [R, V]; words: [R, ⌈V / 32⌉] int32, the lowest bit first. -inf where a token's bit is not set."""
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
 
 def probs_of_rows(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:

@@ -105,6 +105,11 @@ class Tokenizer:
             return False
         return self.backend.id_to_token(token_id) is not None
 
+    def added_token_id(self, content: str) -> int | None:
+        """The id of a token that was added to the vocabulary whole, such as a tag; None if there is none."""
+        token_id: int | None = self.backend.token_to_id(content)
+        return token_id if token_id in self._added_tokens else None
+
     def token_text(self, token_id: int) -> str:
         """One token's text; a part of a character shows as U+FFFD."""
         return self.backend.decode([token_id], skip_special_tokens=False)

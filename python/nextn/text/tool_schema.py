@@ -66,6 +66,32 @@ class ToolSchemas:
         reader = _Reader(root)
         return ValueType(reader.types_of(reader.property_of(root, argument)))
 
+    def arguments_of(self, tool: str) -> list[tuple[str, Schema, bool]]:
+        """Name, schema and whether it is required, of each argument that the tool's schema lists, in its order.
+
+        The schema stands alone: with what references in it point to.
+        """
+        root = self._parameters.get(tool)
+        if not isinstance(root, Mapping):
+            return []
+        given, listed = root.get("properties"), root.get("required")
+        properties = given if isinstance(given, Mapping) else {}
+        required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        names = [*properties, *(name for name in dict.fromkeys(required) if name not in properties)]
+        found = []
+        for name in names:
+            schema = properties.get(name, True)
+            alone = {**shared, **schema} if isinstance(schema, Mapping) else schema
+            found.append((name, alone, name in required))
+        return found
+
+    def strings_of(self, tool: str, argument: str) -> list[str] | None:
+        """The strings that an argument is limited to by ``enum`` or ``const``; None if it is not."""
+        root = self._parameters.get(tool)
+        reader = _Reader(root)
+        return reader.strings_of(reader.property_of(root, argument))
+
 
 _ALL = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 
@@ -119,6 +145,18 @@ class _Reader:
             return None
         types = _ALL.intersection(*narrowing) or narrowing[0]
         return types | {"null"} if schema.get("nullable") is True else types
+
+    def strings_of(self, schema: Schema) -> list[str] | None:
+        """What ``enum`` or ``const`` limit a string to; None if they do not."""
+        for _ in range(MAX_SUBSCHEMAS):
+            if not isinstance(schema, Mapping):
+                return None
+            values = [schema["const"]] if "const" in schema else schema.get("enum")
+            if isinstance(values, list):
+                return [value for value in values if isinstance(value, str)]
+            ref = schema.get("$ref")
+            schema = _resolve(ref, self._root) if isinstance(ref, str) else None
+        return None
 
 
 def _declared(schema: Mapping[str, Any]) -> frozenset[str] | None:

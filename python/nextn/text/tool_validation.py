@@ -42,8 +42,8 @@ def _checked_name(tool: Any, at: str) -> str:
         raise _wrong(f"{at}.function.name", name, "1 to 256 characters, none of them space, < or >")
     if not isinstance(function.get("description", ""), str | None):
         raise _wrong(f"{at}.function.description", function["description"], "a string")
-    if function.get("strict") not in (None, False):
-        raise _wrong(f"{at}.function.strict", function["strict"], "false: calls are not forced into the schema")
+    if not isinstance(function.get("strict"), bool | None):
+        raise _wrong(f"{at}.function.strict", function["strict"], "true or false")
     _check_parameters(function.get("parameters"), f"{at}.function.parameters")
     return name
 

@@ -1,0 +1,137 @@
+"""What a request asks of its output's form, as a grammar: a schema, an expression, calls of tools."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from nextn.server.chat_text import separates_reasoning
+from nextn.server.decoding import check_depth
+from nextn.server.errors import invalid, unsupported
+from nextn.server.requests import ChatRequest, NamedTool, SamplingFields
+from nextn.server.services import Services
+from nextn.text.grammar import Form, Reasoning, Tags, ebnf_form, json_form, regex_form, whole_output
+from nextn.text.tool_grammar import ToolGrammar
+
+ANY_OBJECT = {"type": "object"}
+OWN_FIELDS = ("json_schema", "regex", "ebnf")
+
+
+async def own_grammar(services: Services, fields: SamplingFields, prefix: str = "") -> str | None:
+    """The grammar of an output that is nothing but what the sampling fields ask for; None if they do not.
+
+    prefix: where the fields stand in the body
+    Raises ApiError 400 or RequestError, naming the field.
+    """
+    if all(getattr(fields, name) is None for name in OWN_FIELDS):
+        return None
+    form = await asyncio.to_thread(_form, fields, prefix)
+    _check(services, fields, form is not None, prefix)
+    return None if form is None else form.as_grammar()
+
+
+async def chat_grammar(
+    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str
+) -> str | None:
+    """The grammar of a chat answer, its reasoning included; None if any text will do.
+
+    tools: those that the model is told of
+    prompt: the rendered prompt, whose end tells where reasoning may stand
+    Raises ApiError 400 or RequestError, naming the field.
+    """
+    if asked.response_format is None and not tools and all(getattr(asked, name) is None for name in OWN_FIELDS):
+        _forced(asked, {})
+        return None
+    return await asyncio.to_thread(_chat_grammar, services, asked, tools, prompt)
+
+
+def _chat_grammar(
+    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str
+) -> str | None:
+    form = _response_form(asked)
+    offered = dict(enumerate(tools or ()))
+    forced = _forced(asked, offered)
+    is_strict = any(tool["function"].get("strict") for tool in offered.values())
+    _check(services, asked, form is not None or bool(forced) or is_strict, "")
+    if form is None and not forced and not is_strict:
+        return None
+    tags = Tags(services.require_tokenizer())
+    reasoning = Reasoning.after(prompt) if separates_reasoning(services, asked) else Reasoning.NONE
+    calls = ToolGrammar(forced or offered, tags, enforce_all=bool(forced)) if offered else None
+    parts = {} if calls is None else calls.parts
+    rules = "" if calls is None else calls.rules
+    if forced:
+        is_one = isinstance(asked.tool_choice, NamedTool) or asked.parallel_tool_calls is False
+        return whole_output("one_call" if is_one else "calls", rules, parts, tags, reasoning)
+    if form is None:  # reasoning is a part of the text
+        return whole_output("text_and_calls", rules, parts, tags, Reasoning.NONE)
+    body = "@answer" if calls is None else "(@answer | calls)"
+    return whole_output(body, rules, {**parts, "answer": form}, tags, reasoning)
+
+
+def _check(services: Services, fields: SamplingFields, is_asked: bool, prefix: str) -> None:
+    """Refuse what cannot go with a grammar."""
+    if not is_asked:
+        return
+    if not services.args.serves_grammars:
+        message = "This server was started without what holds answers to a schema or a grammar (--grammar-backend)."
+        raise unsupported(message, prefix.rstrip(".") or "response_format")
+    if fields.ignore_eos:
+        message = f"'{prefix}ignore_eos' cannot go with a schema or a grammar: the answer ends where that does."
+        raise invalid(message, f"{prefix}ignore_eos", "invalid_value")
+
+
+def _response_form(asked: ChatRequest) -> Form | None:
+    own, form = _form(asked, ""), asked.response_format
+    if form is None or form.type == "text":
+        return own
+    if own is not None:
+        raise invalid("'response_format' and a grammar contradict each other; send one of them.", "response_format")
+    if form.json_schema is None:
+        return json_form(ANY_OBJECT, "response_format")
+    check_depth(form.json_schema.schema, "response_format.json_schema.schema")
+    schema = form.json_schema.schema
+    return json_form(ANY_OBJECT if schema is None else schema, "response_format.json_schema.schema")
+
+
+def _form(fields: SamplingFields, prefix: str) -> Form | None:
+    names = [name for name in OWN_FIELDS if getattr(fields, name) is not None]
+    if len(names) > 1:
+        message = f"'{prefix}{names[0]}' and '{prefix}{names[1]}' contradict each other; send one of them."
+        raise invalid(message, f"{prefix}{names[0]}", "invalid_value")
+    if fields.json_schema is not None:
+        return json_form(_schema(fields.json_schema, f"{prefix}json_schema"), f"{prefix}json_schema")
+    if fields.regex is not None:
+        return regex_form(fields.regex, f"{prefix}regex")
+    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf")
+
+
+def _schema(given: str | dict[str, Any] | bool, param: str) -> dict[str, Any] | bool:
+    if isinstance(given, str):
+        try:
+            given = msgspec.json.decode(given)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise invalid(f"'{param}' is not valid JSON.", param, "invalid_value") from None
+    if not isinstance(given, dict | bool):
+        raise invalid(f"'{param}' must be a JSON schema, an object.", param, "invalid_value")
+    check_depth(given, param)
+    return given
+
+
+def _forced(asked: ChatRequest, offered: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The tools of which one must be called; none where the model chooses."""
+    choice = asked.tool_choice
+    if choice in (None, "auto", "none"):
+        return {}
+    if not offered:
+        raise invalid("'tool_choice' asks for a call, but there are no 'tools'.", "tool_choice", "invalid_value")
+    if choice == "required":
+        return offered
+    assert isinstance(choice, NamedTool), "decoded as one"
+    name = choice.function.get("name")
+    found = {i: tool for i, tool in offered.items() if tool["function"]["name"] == name}
+    if not found:
+        raise invalid(f"'tool_choice' names {name!r:.100}, which is none of 'tools'.", "tool_choice", "invalid_value")
+    return found

@@ -1,0 +1,113 @@
+"""Which tokens a request's grammar allows, at each row of a verify step.
+
+A matcher stands where the sequence's output ends. Rows behind drafts are reached by trying these, and going back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Rows
+from functools import lru_cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+from nextn.errors import RequestError
+from nextn.scheduler.sequence import Sequence
+from nextn.speculative.logits import Row
+
+logger = logging.getLogger(__name__)
+
+NUM_KEPT = 64
+"""Compiled grammars that are kept for the next request that has the same."""
+
+ALL = -1
+"""A word of 32 tokens that are all allowed."""
+
+
+class Grammars:
+    """Owns the matchers of the sequences that have a grammar.
+
+    tokenizer: None where grammars are not served
+    """
+
+    def __init__(self, tokenizer: LLTokenizer | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._compiled = lru_cache(maxsize=NUM_KEPT)(self._compile)
+        self._matchers: WeakKeyDictionary[Sequence, _Matcher] = WeakKeyDictionary()
+        self._failed: list[tuple[Sequence, str]] = []
+
+    @classmethod
+    def of_tokenizer(cls, folder: str | Path, vocab_size: int, eos_token_ids: Rows[int]) -> Grammars:
+        """For the tokenizer.json of a folder; without one that can be read, none is served."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file() or not eos_token_ids:
+            return cls(None, vocab_size)
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls(LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids)), vocab_size)
+        except (OSError, ValueError) as error:
+            logger.warning("%s: answers cannot be held to a schema or a grammar: %s", path, error)
+            return cls(None, vocab_size)
+
+    def compile(self, grammar: str) -> LLMatcher:
+        """A matcher at the beginning. Raises RequestError where the grammar cannot be served."""
+        return self._compiled(grammar).deep_copy()
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        if self._tokenizer is None:
+            raise RequestError("grammars are not served: this engine has no tokenizer, or no token ends an output")
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"grammar: {matcher.get_error().strip()}; correct it or leave it out")
+        return matcher
+
+    def start(self, seq: Sequence, matcher: LLMatcher) -> None:
+        """A sequence whose output ``matcher`` follows from here on."""
+        self._matchers[seq] = _Matcher(matcher)
+
+    def allowed(self, rows: Rows[Row]) -> np.ndarray | None:
+        """The tokens that may come next: [R, ⌈V / 32⌉] int32, bit t % 32 of word t // 32 for token t; None for all."""
+        if not self._matchers or not any(row.seq in self._matchers for row in rows):
+            return None
+        words = allocate_token_bitmask(len(rows), self._vocab_size)
+        for i, row in enumerate(rows):
+            matcher = self._matchers.get(row.seq)
+            if matcher is None:
+                continue
+            if error := matcher.fill(words, i, row):
+                words[i] = ALL
+                self._failed.append((row.seq, error))
+                del self._matchers[row.seq]
+        return words
+
+    def take_failed(self) -> list[tuple[Sequence, str]]:
+        """The sequences that their grammar has left in the lurch since the last call, and why."""
+        failed, self._failed = self._failed, []
+        return failed
+
+
+class _Matcher:
+    """A matcher, and how much of the output it has taken."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._num_taken = 0
+
+    def fill(self, words: np.ndarray, i: int, row: Row) -> str:
+        """Write what may follow a row into words[i]; everything, where no output gets there. Returns what failed."""
+        new = row.seq.tokens[row.seq.num_prompt + self._num_taken :]
+        num_new = self._matcher.try_consume_tokens(new) if new else 0
+        if num_new < len(new):
+            return self._matcher.get_error() or "the output has left it"
+        self._num_taken += num_new
+        num_tried = self._matcher.try_consume_tokens(row.drafts) if row.drafts else 0
+        if num_tried == len(row.drafts):
+            fill_next_token_bitmask(self._matcher, words, i)
+        if num_tried:
+            self._matcher.rollback(num_tried)
+        return self._matcher.get_error()

@@ -1,0 +1,197 @@
+"""Schemas, expressions and forced tool calls through the openai client, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jsonschema_rs
+import openai
+import pytest
+from pydantic import BaseModel, Field
+
+from tests.server.conftest import AppFactory
+from tests.server.processes import Launched, launched
+
+PARSERS = ("--tool-call-parser", "glm45", "--reasoning-parser", "glm45")
+HELLO: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "unit", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK: Any = {"type": "function", "function": {"name": "get_time"}}
+
+
+class City(BaseModel):
+    """What the client asks for."""
+
+    name: str = Field(max_length=20)
+    continent: Literal["Europe", "Asia"]
+    inhabitants: int = Field(ge=0, le=99)
+
+
+CITY = {**City.model_json_schema(), "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Launched]:
+    flags = ("--max-total-tokens", "32768", "--served-model-name", "demo", *PARSERS)
+    with launched(*flags, module="nextn.launch_server") as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture
+def client(server: Launched) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=server.http)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_client_parses_an_answer_of_its_own_type(client: openai.OpenAI, temperature: float) -> None:
+    completion = client.chat.completions.parse(
+        model="demo", messages=HELLO, response_format=City, temperature=temperature, seed=1, max_tokens=300
+    )
+    choice = completion.choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, City)
+    assert "France" in choice.message.reasoning_content  # type: ignore[attr-defined]
+
+
+def test_streamed_json_is_that_of_one_piece(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "model": "demo",
+        "messages": HELLO,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}},
+        "temperature": 0,
+        "max_tokens": 300,
+    }
+    whole = client.chat.completions.create(**fields).choices[0].message.content
+    chunks = client.chat.completions.create(stream=True, **fields)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    assert jsonschema_rs.is_valid(CITY, json.loads(whole or ""))
+
+
+def test_reasoning_that_is_not_set_apart_would_spoil_the_json(client: openai.OpenAI) -> None:
+    message = (
+        client.chat.completions.create(
+            model="demo",
+            messages=HELLO,
+            response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},
+            temperature=0,
+            max_tokens=60,
+            extra_body={"separate_reasoning": False},
+        )
+        .choices[0]
+        .message
+    )
+    assert isinstance(json.loads(message.content or ""), int)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("choice", "tools"),
+    [
+        ("required", [WEATHER, CLOCK]),
+        ({"type": "function", "function": {"name": "get_weather"}}, [CLOCK, WEATHER]),
+        ({"type": "function", "function": {"name": "get_time"}}, [CLOCK, WEATHER]),
+    ],
+    ids=["any", "the second", "the first"],
+)
+def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any, tools: list[Any], stream: bool) -> None:
+    fields: dict[str, Any] = {
+        "model": "demo",
+        "messages": HELLO,
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 200,
+    }
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **fields)]
+        calls = [call.function for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        name, arguments = calls[0].name, "".join(call.arguments or "" for call in calls)
+        reason = chunks[-1].finish_reason
+    else:
+        answer = client.chat.completions.create(**fields).choices[0]
+        (call,) = answer.message.tool_calls or []
+        name, arguments, reason = call.function.name, call.function.arguments, answer.finish_reason
+    assert reason == "tool_calls"
+    assert name == ("get_weather" if choice == "required" else choice["function"]["name"])
+    schema = WEATHER["function"]["parameters"] if name == "get_weather" else {"maxProperties": 0}
+    assert jsonschema_rs.is_valid(schema, json.loads(arguments))
+
+
+def test_a_strict_tool_is_called_by_its_schema_when_the_model_chooses(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "demo", "tools": [WEATHER], "temperature": 0, "max_tokens": 200}
+    asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+    (call,) = client.chat.completions.create(messages=asked, **fields).choices[0].message.tool_calls or []
+    assert jsonschema_rs.is_valid(WEATHER["function"]["parameters"], json.loads(call.function.arguments))
+    message = client.chat.completions.create(messages=HELLO, **fields).choices[0].message
+    assert (message.content, message.tool_calls) == ("The capital of France is Paris.", None)
+
+
+def test_every_endpoint_takes_expressions_and_grammars(server: Launched, client: openai.OpenAI) -> None:
+    text = client.completions.create(
+        model="demo", prompt="Once", max_tokens=40, extra_body={"regex": "[a-z]{3} [0-9]{2}"}
+    )
+    assert re.fullmatch("[a-z]{3} [0-9]{2}", text.choices[0].text)
+    answer = server.http.post(
+        "/generate",
+        json={
+            "text": ["Once", "Twice"],
+            "sampling_params": [{"ebnf": 'root ::= "yes" | "no"'}, {"json_schema": '{"enum": [1, 2]}'}],
+        },
+    ).json()
+    assert answer[0]["text"] in ("yes", "no")
+    assert answer[1]["text"] in ("1", "2")
+    assert [one["meta_info"]["finish_reason"]["type"] for one in answer] == ["stop", "stop"]
+
+
+def test_choices_of_a_request_have_the_same_form(client: openai.OpenAI) -> None:
+    found = client.completions.create(
+        model="demo", prompt="Once", n=4, max_tokens=20, temperature=2, seed=3, extra_body={"regex": "[a-z]{2}"}
+    )
+    texts = [choice.text for choice in found.choices]
+    assert all(re.fullmatch("[a-z]{2}", text) for text in texts)
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "with_tokenizer"), [(("--grammar-backend", "none"), True), (("--skip-tokenizer-init",), False)]
+)
+def test_a_server_without_a_backend_says_so(make_app: AppFactory, flags: tuple[str, ...], with_tokenizer: bool) -> None:
+    app = make_app(*flags, with_tokenizer=with_tokenizer)
+    found = app.http.post("/generate", json={"input_ids": [5], "sampling_params": {"regex": "a"}})
+    assert found.status_code == 400
+    assert found.json()["error"]["code"] == "unsupported_parameter"
+    assert "--grammar-backend" in found.json()["error"]["message"]
+
+
+def test_a_request_that_asks_for_no_form_has_no_grammar(make_app: AppFactory) -> None:
+    app = make_app()
+    plain: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 2}
+    for fields in (
+        {},
+        {"response_format": {"type": "text"}},
+        {"tools": [CLOCK]},
+        {"tools": [WEATHER], "tool_choice": "none"},
+    ):
+        app.openai.chat.completions.create(**plain, **fields)
+    app.openai.chat.completions.create(**plain, response_format={"type": "json_object"})
+    assert [request.grammar is None for request in app.added] == [True] * 4 + [False]
