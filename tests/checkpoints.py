@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BackendTokenizer
 
 State = dict[str, torch.Tensor]
 Quant = Literal["none", "channel", "tensor", "tensor_static", "block", "ct_block"]
@@ -259,3 +261,23 @@ def write_checkpoint(
                 weight_map |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-!"
+END_OF_LETTERS = len(LETTERS)
+"""The token that ends an output, of a vocabulary of 39."""
+
+
+def write_letters(folder: Path) -> Path:
+    """A tokenizer.json beside a checkpoint: a token for each of LETTERS, and one for the end."""
+    backend = BackendTokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def said_in_letters(token_ids: list[int]) -> str:
+    """What such an output says, without its end."""
+    return "".join(LETTERS[token] for token in token_ids if token != END_OF_LETTERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from nextn.execution.engine import Engine
 from nextn.layers.batch import make_extend_batch
 from nextn.protocol.messages import AddRequest, RequestOutput
+from nextn.text.grammar import regex_form
 
-from tests.checkpoints import tiny_config, write_checkpoint
+from tests.checkpoints import END_OF_LETTERS, said_in_letters, tiny_config, write_checkpoint, write_letters
 from tests.conftest import request, run_all, run_outputs
 from tests.distributed.conftest import EngineContext
 from tests.execution.test_engine import prompts
@@ -98,6 +100,22 @@ def test_two_ranks_compute_and_say_what_one_does(
     assert stats_2.accept_length == stats.accept_length > 1
     assert stats_2.cached_tokens == stats.cached_tokens > 100
     assert stats_2.accepted_per_position == stats.accepted_per_position
+
+
+def test_a_grammar_holds_the_output_of_two_ranks(engine_over: EngineContext, folder: Path) -> None:
+    """Rank 0 alone knows it; the other one computes the same steps."""
+    path = checkpoint(folder, vocab_size=40, eos_token_id=[END_OF_LETTERS])
+    write_letters(Path(path))
+    fields: dict[str, Any] = {"grammar": regex_form("[ab]{4}-[0-9]{6}!", "regex").as_grammar(), "ignore_eos": False}
+    asked = [request(str(i), [5 * i + 1, 7], 20, temperature=float(i % 2), seed=i, **fields) for i in range(4)]
+    asked += [request("free", [9, 1], 20)]
+    found = []
+    for num_ranks in (1, 2):
+        for on_device in (False, True):
+            with engine_over(num_ranks, **OPTIONS, model_path=path, decode_on_device=on_device) as engine:
+                found.append(run_all(engine, asked))
+    assert found[2:] == found[:2]
+    assert all(re.fullmatch("[ab]{4}-[0-9]{6}!", said_in_letters(found[0][str(i)])) for i in range(4))
 
 
 def test_four_ranks_share_two_kv_heads(engine_over: EngineContext, folder: Path) -> None:

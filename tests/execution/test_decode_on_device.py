@@ -22,7 +22,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     launch = DecodeRunner.launch
     monkeypatch.setattr(
-        DecodeRunner, "launch", lambda self, batch: sizes.append(len(batch.slots)) or launch(self, batch)
+        DecodeRunner, "launch", lambda self, batch, *more: sizes.append(len(batch.slots)) or launch(self, batch, *more)
     )
     return sizes
 

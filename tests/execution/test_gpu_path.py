@@ -5,6 +5,7 @@ Without a GPU Triton's interpreter runs the kernels.
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,26 @@ from nextn.kernels.moe_combine import ExpertTerms
 from nextn.layers import moe
 from nextn.layers.attention import Attention
 from nextn.layers.batch import make_extend_batch
+from nextn.text.grammar import regex_form
 
 from tests import checkpoints
-from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
-from tests.conftest import request, run_all
+from tests.checkpoints import (
+    END_OF_LETTERS,
+    Quant,
+    State,
+    said_in_letters,
+    tiny_config,
+    write_checkpoint,
+    write_letters,
+)
+from tests.conftest import request, run_all, run_outputs
 
 pytestmark = pytest.mark.gpu
 
 CPU = torch.device("cpu")
 CONFIG = tiny_config(
     vocab_size=40,
+    eos_token_id=[END_OF_LETTERS],
     num_hidden_layers=3,  # the second and third sum up the experts of the one before
     head_dim=32,  # as wide as heads are that attention quantizes
     max_position_embeddings=256,
@@ -137,6 +148,22 @@ def _engine(folder: Path, **options: object) -> Engine:
 
 
 PROMPTS = [[3, 9, 1, 22, 7, 7], [30, 2]]
+
+
+def test_a_grammar_holds_beside_sequences_that_draft(
+    folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "num_processors", lambda device: 2)
+    grammar = regex_form("[ab][0-9]{3}!", "regex").as_grammar()
+    held = [request(str(i), prompt, 8, grammar=grammar, ignore_eos=False) for i, prompt in enumerate(PROMPTS)]
+    engine = _engine(write_letters(folders["channel"]), num_draft_steps=2)
+    engine.add(request("free", [4, 4, 8], 6))
+    outputs = run_outputs(engine, held, known=["free"])
+    for one in held:
+        said = said_in_letters([token for output in outputs[one.rid] for token in output.token_ids])
+        assert re.fullmatch("[ab][0-9]{3}!", said)
+    assert sum(engine.stats().drafted_per_position) > 0
+    assert outputs["free"][-1].completion_tokens == 6
 
 
 @pytest.mark.parametrize(("quant", "kv_cache_dtype"), [("channel", "fp8_e4m3"), ("block", "auto")])

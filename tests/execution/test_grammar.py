@@ -15,6 +15,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from nextn.config.engine_config import EngineConfig
 from nextn.demo import checkpoint_dir
+from nextn.execution.decode_runner import DecodeRunner
 from nextn.execution.engine import Engine
 from nextn.layers.batch import make_extend_batch
 from nextn.protocol.messages import AddRequest
@@ -106,12 +107,18 @@ def plain(folder: Path, tokenizer: Tokenizer) -> dict[str, list[int]]:
     ids=["1 draft", "3 drafts", "5 drafts", "preempted", "beside recorded steps", "few slots"],
 )
 def test_greedy_output_does_not_depend_on_drafts_or_batching(
-    folder: Path, plain: dict[str, list[int]], options: dict[str, Any]
+    folder: Path, plain: dict[str, list[int]], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = _engine(folder, **options)
+    sizes: list[int] = []
+    launch = DecodeRunner.launch
+    monkeypatch.setattr(
+        DecodeRunner, "launch", lambda self, batch, *more: sizes.append(len(batch.slots)) or launch(self, batch, *more)
+    )
     assert run_all(engine, _requests()) == plain
+    assert not sizes or max(sizes) == min(6, engine.config.max_running_requests), "the runner has all sequences"
     stats = engine.stats()
-    assert sum(stats.accepted_per_position) > 0
+    assert sum(stats.accepted_per_position) > 0 or "decode_on_device" in options
     assert stats.num_preemptions > 0 or "max_total_tokens" not in options
 
 

@@ -329,13 +329,13 @@ def test_rules_hold_at_every_draft_position_as_on_the_host(
 
 
 @pytest.mark.parametrize("vocab", [24, 1000, 8195])
-def test_a_mask_forbids_tokens_and_nothing_else(vocab: int, device: torch.device) -> None:
+def test_a_mask_forbids_tokens_after_no_draft_and_nothing_else(vocab: int, device: torch.device) -> None:
     seqs = sequences(vocab)
-    is_allowed = torch.rand(len(seqs) * 2, vocab) < 0.5
-    is_allowed[3] = True
-    padded = torch.nn.functional.pad(is_allowed, (0, -vocab % 32)).view(len(seqs) * 2, -1, 32)
-    words = (padded.long() << torch.arange(32)).sum(-1).to(torch.int32)
     slots = torch.tensor([seq.slot for seq in seqs])
+    held, freed = slots[[0, 2, 3, 4]], slots[3]
+    is_allowed = torch.rand(len(held), vocab) < 0.5
+    padded = torch.nn.functional.pad(is_allowed, (0, -vocab % 32)).view(len(held), -1, 32)
+    words = (padded.long() << torch.arange(32)).sum(-1).to(torch.int32)
     slots[4] = NOTHING
     arguments = (
         slots.to(device),
@@ -345,18 +345,27 @@ def test_a_mask_forbids_tokens_and_nothing_else(vocab: int, device: torch.device
     logits = torch.randn(len(seqs) * 2, vocab)
     rules = rules_of(seqs, vocab, device)
     plain = adjust_logits_by_slot(logits.to(device), rules, *arguments).cpu()
-    masked = adjust_logits_by_slot(logits.to(device), rules, *arguments, allowed=words.to(device)).cpu()
+    on_cpu, rules_on_cpu = [x.cpu() for x in arguments], rules_of(seqs, vocab, torch.device("cpu"))
+    for one in (rules, rules_on_cpu):
+        where = one.allowed.device
+        one.mask(held.to(where), words.to(where))
+        one.unmask(freed.to(where)[None])
+    masked = adjust_logits_by_slot(logits.to(device), rules, *arguments).cpu()
     in_place = logits.to(device, copy=True)
-    adjust_logits_by_slot(in_place, rules, *arguments, allowed=words.to(device), out=in_place)
+    adjust_logits_by_slot(in_place, rules, *arguments, out=in_place)
     assert torch.equal(in_place.cpu(), masked)
-    is_allowed[8:10] = True  # padding is left alone
-    assert torch.equal(masked, plain.masked_fill(~is_allowed, -INF))
-    assert torch.equal(masked[8:10], logits[8:10])
-    on_cpu = [x.cpu() for x in arguments]
-    expected = in_torch(
-        adjust_logits_by_slot, logits, rules_of(seqs, vocab, torch.device("cpu")), *on_cpu, allowed=words
+    expected = plain.clone()
+    for row, bits in (
+        (0, is_allowed[0]),
+        (4, is_allowed[1]),
+    ):  # the first row of either sequence; padding is left alone
+        expected[row] = plain[row].masked_fill(~bits, -INF)
+    assert torch.equal(masked, expected)
+    torch.testing.assert_close(
+        masked, in_torch(adjust_logits_by_slot, logits, rules_on_cpu, *on_cpu), rtol=1e-6, atol=0
     )
-    torch.testing.assert_close(masked, expected, rtol=1e-6, atol=0)
+    behind = adjust_logits_by_slot(logits[::2].to(device), rules, *arguments, num_before=1).cpu()
+    assert torch.equal(behind.isinf(), plain[1::2].isinf())
 
 
 @pytest.mark.parametrize("triton", [True, False])

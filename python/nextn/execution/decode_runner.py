@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -16,6 +18,13 @@ from nextn.speculative.decode_state import DecodeState
 from nextn.speculative.decode_step import DecodeRows, DecodeStep
 
 logger = logging.getLogger(__name__)
+
+
+class Masks(NamedTuple):
+    """What the sequences in some slots may go on with. allowed: [n, ⌈V / 32⌉] int32, see ``Grammars.allowed``"""
+
+    slots: list[int]
+    allowed: np.ndarray
 
 
 class DecidedTokens:
@@ -60,9 +69,14 @@ class DecodeRunner:
         """The most entries of the draft layer that may be missing of a sequence before its last token's."""
         return self._state.reach
 
-    def launch(self, batch: DecodeBatch) -> DecidedTokens:
-        """Start a step on the current stream, after all that was started before."""
+    def launch(self, batch: DecodeBatch, masks: Masks | None = None) -> DecidedTokens:
+        """Start a step on the current stream, after all that was started before.
+
+        masks: of sequences that a grammar holds, which draft nothing
+        """
         self._state.apply(batch.patches)
+        if masks is not None:
+            self._state.mask(masks.slots, masks.allowed)
         num_seqs = len(batch.slots)
         size = next((size for size in self._sizes if size >= num_seqs), num_seqs)
         rows = self._rows(batch, size)

@@ -63,11 +63,14 @@ class Engine:
                 num_drafts=num_drafts,
                 by_priority=config.schedule_policy == "priority",
                 eos_token_ids=self.eos_token_ids,
+                drafts_under_grammar=shard.runner is None,
             ),
             KVPages(shard.num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
         )
         self._counters = Counters(self.max_draft_steps)
-        self._stepper = Stepper(self.scheduler, shard.cycle, policy, shard.runner, overlap=config.enable_overlap)
+        self._stepper = Stepper(
+            self.scheduler, shard.cycle, policy, shard.runner, shard.grammars, overlap=config.enable_overlap
+        )
         check_numbers(self._stepper, vocab_size=self.vocab_size, context_length=self.context_length)
         warm_up(
             self._stepper, vocab_size=self.vocab_size, page_size=config.page_size, context_length=self.context_length

@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nextn.execution.decode_runner import DecidedTokens, DecodeRunner
+from nextn.execution.decode_runner import DecidedTokens, DecodeRunner, Masks
 from nextn.protocol.ranks import DecodeBatch
 from nextn.scheduler.scheduler import Decision, Extend, Scheduler
 from nextn.scheduler.sequence import Sequence, Status
 from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.decode_state import MAX_BIASES, MAX_STOP_IDS, SlotMirror
+from nextn.speculative.grammar import Grammars
+from nextn.speculative.logits import Row
 from nextn.speculative.policy import DraftLengthPolicy
 
 
@@ -46,6 +48,9 @@ class Stepper:
     them. Where there is no rest and overlap is on, the next step is launched before the tokens of the last are looked
     at; a sequence that has ended meanwhile is computed once more for nothing. The device works in the order of
     launches, so whoever gets its pages writes them later.
+
+    Where a grammar says what may come next, the tokens so far have to be known: such a sequence neither drafts in the
+    runner's steps nor lets the next be launched ahead.
     """
 
     def __init__(
@@ -53,7 +58,8 @@ class Stepper:
         scheduler: Scheduler,
         cycle: SpeculativeCycle,
         policy: DraftLengthPolicy | None,
-        runner: DecodeRunner | None = None,
+        runner: DecodeRunner | None,
+        grammars: Grammars,
         *,
         overlap: bool = False,
     ) -> None:
@@ -61,6 +67,7 @@ class Stepper:
         self.policy = policy
         self._cycle = cycle
         self._runner = runner
+        self._grammars = grammars
         self._overlap = overlap
         self._mirror = SlotMirror()
         self._launched: _Launched | None = None
@@ -128,7 +135,7 @@ class Stepper:
             return None
         seqs = [extend.seq for extend in extends if extend.seq.is_decoding and _is_served(extend.seq)]
         if any(self.scheduler.wanted_drafts(seq, chosen) for seq in seqs):
-            seqs = [seq for seq in seqs if seq.num_computed - seq.num_draft_computed <= runner.reach]
+            seqs = [seq for seq in seqs if _has_grammar(seq) or _lag_of(seq) <= runner.reach]
         wanted = [self.scheduler.wanted_drafts(seq, chosen) for seq in seqs]
         if not seqs or not all(self._has_room(seq, len(seq.tokens) + max(wanted)) for seq in seqs):
             return None
@@ -144,6 +151,8 @@ class Stepper:
         seqs = [seq for seq in launched.seqs if seq.status is Status.RUNNING]
         if scheduler.may_admit or len(seqs) != len(scheduler.running) or self._set_back:
             return None
+        if any(_has_grammar(seq) for seq in seqs):
+            return None
         if all(seq.max_new_tokens - seq.num_output <= 1 for seq in seqs):
             return None  # they all end with the step that is under way
         chosen = self._choose(policy, num_drafts)
@@ -152,7 +161,7 @@ class Stepper:
             # What is under way may add a chain and a token; the next step writes a chain behind them.
             if not self._has_room(seq, len(seq.tokens) + launched.num_drafts + 1 + max(wanted)):
                 return None
-            lag = 0 if launched.num_drafts else seq.num_computed - seq.num_draft_computed
+            lag = 0 if launched.num_drafts else _lag_of(seq)
             if max(wanted) and lag + launched.num_drafts + 1 > self._runner.reach:
                 return None
         return self._start(seqs, wanted, is_ahead=True)
@@ -173,7 +182,12 @@ class Stepper:
         )
         self._cycle.leader.decode(batch)
         started = time.perf_counter()
-        return _Launched(seqs, wanted, batch.num_drafts, self._runner.launch(batch), started)
+        return _Launched(seqs, wanted, batch.num_drafts, self._runner.launch(batch, self._masks_of(seqs)), started)
+
+    def _masks_of(self, seqs: list[Sequence]) -> Masks | None:
+        held = [seq for seq in seqs if _has_grammar(seq)]
+        allowed = self._grammars.allowed([Row(seq, []) for seq in held])
+        return None if allowed is None else Masks([seq.slot for seq in held], allowed)
 
     def _read(self, launched: _Launched, policy: DraftLengthPolicy | None) -> list[Progress]:
         """Wait for a decode step and commit what it decided."""
@@ -193,7 +207,7 @@ class Stepper:
                 continue
             num_drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0)
             extend = Extend(seq, seq.num_computed, 1, num_drafts, decides=True, wants_drafts=wanted > 0)
-            made_entries = launched.num_drafts > 0 and seq.arrival not in self._set_back
+            made_entries = launched.num_drafts > 0 and seq.arrival not in self._set_back and not _has_grammar(seq)
             done = extend.end if made_entries else seq.num_draft_computed
             extends.append(extend)
             decisions.append(Decision(tokens, len(tokens) - 1, num_draft_computed=done))
@@ -237,7 +251,6 @@ def _is_served(seq: Sequence) -> bool:
     request = seq.request
     return (
         request.num_top_logprobs is None
-        and request.grammar is None
         and len(request.sampling.logit_bias) <= MAX_BIASES
         and len(seq.stop_ids) <= MAX_STOP_IDS
     )
@@ -246,7 +259,16 @@ def _is_served(seq: Sequence) -> bool:
 def _is_greedy(seq: Sequence) -> bool:
     """Whether the sequence takes the likeliest tokens as the model gives them."""
     sampling = seq.request.sampling
-    return sampling.is_greedy and not sampling.has_rules
+    return sampling.is_greedy and not sampling.has_rules and not _has_grammar(seq)
+
+
+def _has_grammar(seq: Sequence) -> bool:
+    return seq.request.grammar is not None
+
+
+def _lag_of(seq: Sequence) -> int:
+    """How many tokens lack their entries of the draft layer."""
+    return seq.num_computed - seq.num_draft_computed
 
 
 def _tell_time(

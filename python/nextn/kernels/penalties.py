@@ -32,6 +32,8 @@ class LogitRules:
     bias_ids: [num_slots, B] int64, distinct, then NOTHING; bias_values: [num_slots, B] float32
     stop_ids: [num_slots, P] int64, then NOTHING; min_length: [num_slots] int64, tokens of prompt and output that there
         must be before one of stop_ids may be chosen
+    allowed: [num_slots, ⌈V / 32⌉] int32; token t may come next if bit t % 32 of word t // 32 is set
+    is_masked: [num_slots] int32; where it is 0, all tokens may
     """
 
     penalties: torch.Tensor
@@ -41,6 +43,8 @@ class LogitRules:
     bias_values: torch.Tensor
     stop_ids: torch.Tensor
     min_length: torch.Tensor
+    allowed: torch.Tensor
+    is_masked: torch.Tensor
 
     @classmethod
     def for_slots(
@@ -59,6 +63,8 @@ class LogitRules:
             bias_values=filled((max(max_bias, 1),), 0.0, torch.float32),
             stop_ids=filled((max(max_stop_ids, 1),), NOTHING, torch.int64),
             min_length=filled((), 0, torch.int64),
+            allowed=filled((-(-vocab_size // 32),), 0, torch.int32),
+            is_masked=filled((), 0, torch.int32),
         )
 
     def assign(
@@ -93,6 +99,18 @@ class LogitRules:
             self.prompt_seen[slot] = 0
             self.prompt_seen[slot].index_fill_(0, prompt.to(device), 1)
             self.output_counts[slot] = torch.bincount(output, minlength=self.output_counts.shape[1]).to(device)
+
+    def mask(self, slots: torch.Tensor, allowed: torch.Tensor) -> None:
+        """Allow the slots' sequences these tokens next; as long as they are masked, they are not to draft.
+
+        slots: [n] int64, distinct; allowed: [n, ⌈V / 32⌉] int32
+        """
+        self.allowed.index_copy_(0, slots, allowed)
+        self.is_masked.index_fill_(0, slots, 1)
+
+    def unmask(self, slots: torch.Tensor) -> None:
+        """Allow the slots' sequences all tokens. slots: [n] int64"""
+        self.is_masked.index_fill_(0, slots, 0)
 
 
 def apply_penalties(
@@ -129,16 +147,16 @@ def adjust_logits_by_slot(
     draft_tokens: torch.Tensor,
     *,
     num_before: int = 0,
-    allowed: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply each row's penalties, logit bias, least length and mask, exactly as they hold after the drafts before it.
+    """Apply each row's penalties, logit bias and least length, exactly as they hold after the drafts before it.
+
+    A slot's mask holds for the row that follows no draft.
 
     logits: [S · n, V] float32 or bfloat16: n rows per sequence, of which row j follows num_before + j drafts
     slots: [S] int64 or int32, NOTHING for a padded sequence, whose rows are left as they are
     positions: [S] int64, of the token that follows no draft: how many tokens the sequence has
     draft_tokens: [S, at least num_before + n - 1] int64; those of a row count as output
-    allowed: [S · n, ⌈V / 32⌉] int32; token t is forbidden in a row if bit t % 32 of word t // 32 is zero
     out: [S · n, V] float32, contiguous, for the result; made where not given. ``logits`` itself is changed in place,
         and then rows that ask for nothing are not even read.
     Returns [S · n, V] float32.
@@ -154,8 +172,8 @@ def adjust_logits_by_slot(
         raise ValueError(f"the last row follows {num_drafts} drafts, found {draft_tokens.shape[1]}")
     if out is None:
         out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    if not gpu.suits(logits, slots, positions, draft_tokens, allowed, out):
-        return out.copy_(_adjusted(logits.float(), rules, slots, positions, draft_tokens, num_before, allowed))
+    if not gpu.suits(logits, slots, positions, draft_tokens, out):
+        return out.copy_(_adjusted(logits.float(), rules, slots, positions, draft_tokens, num_before))
     if num_rows:
         logits = logits if out is logits else logits.contiguous()
         draft_tokens = draft_tokens if draft_tokens.stride(1) == 1 else draft_tokens.contiguous()
@@ -174,7 +192,8 @@ def adjust_logits_by_slot(
             rules.bias_values,
             rules.stop_ids,
             rules.min_length,
-            slots if allowed is None else allowed.contiguous(),
+            rules.allowed,
+            rules.is_masked,
             vocab_size,
             rows_per_seq,
             num_before,
@@ -183,7 +202,6 @@ def adjust_logits_by_slot(
             rules.stop_ids.shape[1],
             NUM_DRAFTS=num_drafts,
             COPIES=out is not logits,
-            HAS_ALLOWED=allowed is not None,
             BIASES=gpu.next_power_of_2(rules.bias_ids.shape[1]),
             STOPS=gpu.next_power_of_2(rules.stop_ids.shape[1]),
             CHUNK=CHUNK,
@@ -230,7 +248,6 @@ def _adjusted(
     positions: torch.Tensor,
     draft_tokens: torch.Tensor,
     num_before: int,
-    allowed: torch.Tensor | None,
 ) -> torch.Tensor:
     num_seqs, vocab_size = slots.shape[0], logits.shape[1]
     if not num_seqs:
@@ -252,13 +269,11 @@ def _adjusted(
         too_short = (positions + num_before + j < rules.min_length[at])[:, None] & (stops >= 0)
         banned = torch.zeros(changed.shape, dtype=torch.int32, device=logits.device)
         banned.scatter_add_(1, stops.clamp(min=0), too_short.to(torch.int32))
+        if num_before + j == 0:
+            bits = (rules.allowed[at][:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+            banned += (bits.flatten(1)[:, :vocab_size] == 0) & (rules.is_masked[at] > 0)[:, None]
         rows.append(torch.where(known, changed.masked_fill(banned > 0, float("-inf")), row))
-    adjusted = torch.stack(rows, dim=1).view(-1, vocab_size)
-    if allowed is None:
-        return adjusted
-    bits = (allowed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
-    forbidden = bits.view(allowed.shape[0], -1)[:, :vocab_size] == 0
-    return adjusted.masked_fill(forbidden & known.repeat_interleave(each.shape[1], 0), float("-inf"))
+    return torch.stack(rows, dim=1).view(-1, vocab_size)
 
 
 @jit(varying=("slots", "positions", "draft_tokens", "rows_per_seq", "num_before", "draft_stride"))
@@ -276,6 +291,7 @@ def _adjust_rows(  # type: ignore[no-untyped-def]
     stop_ids,
     min_length,
     allowed,
+    is_masked,
     vocab_size,
     rows_per_seq,
     num_before,
@@ -284,7 +300,6 @@ def _adjust_rows(  # type: ignore[no-untyped-def]
     num_stops,
     NUM_DRAFTS: tl.constexpr,
     COPIES: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
     BIASES: tl.constexpr,
     STOPS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -336,9 +351,9 @@ def _adjust_rows(  # type: ignore[no-untyped-def]
         token = tl.load(stop_ids + slot * num_stops + index, mask=index < num_stops, other=-1)
         inside = (token >= first) & (token < end)
         tl.store(out + token, tl.full((STOPS,), float("-inf"), tl.float32), mask=inside)
-    if HAS_ALLOWED and known:
+    if known & (num_drafts == 0) & (tl.load(is_masked + slot) != 0):
         tl.debug_barrier()
-        words = allowed + row * ((vocab_size + 31) // 32)
+        words = allowed + slot * ((vocab_size + 31) // 32)
         for start in range(first, end, CHUNK):
             offsets = start + tl.arange(0, CHUNK)
             word = tl.load(words + offsets // 32, mask=offsets < end, other=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nextn.kernels.penalties import LogitRules, count_tokens
@@ -78,6 +79,12 @@ class DecodeState:
         self._put(self.page_table, [(p.slot * max_pages + p.first_page, p.pages) for p in patches if p.pages])
         self._put(self.num_tokens, [(p.slot, [p.first_token + len(p.tokens)]) for p in patches if p.tokens])
 
+    def mask(self, slots: Rows[int], allowed: np.ndarray) -> None:
+        """Allow the sequences in some slots these tokens next. allowed: [n, ⌈V / 32⌉] int32, as LogitRules has it"""
+        on_host = torch.tensor(allowed, pin_memory=self.device.type == "cuda")
+        (where,) = self._upload([slots], torch.int64)
+        self.rules.mask(where, on_host.to(self.device, non_blocking=True))
+
     def _begin(self, patches: Rows[tuple[SlotPatch, NewSequence]]) -> None:
         """Sequences that are new in their slots."""
         if not patches:
@@ -99,6 +106,7 @@ class DecodeState:
         self.token_limit[slots], self.seed[slots], self.top_k[slots] = limits, seeds, top_ks
         self.temperature[slots], self.top_p[slots], self.min_p[slots] = temperatures, top_ps, min_ps
         self.page_table.index_fill_(0, slots, self.scratch_page)
+        self.rules.unmask(slots)
         for patch, new in patches:
             if new.sampling.has_rules:
                 self._assign_rules(patch, new)

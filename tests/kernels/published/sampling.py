@@ -36,16 +36,13 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
                 f"{num_drafts} drafts, chains, {'certain' if q is None else 'drawn'}",
                 lambda p=chains, q=q, d=drafts: verify_chains(p, q, d, ids, ids),
             )
-        mask = of(rows, -(-vocab_size // 32), dtype=torch.int32)
-        for case, logits, out, allowed in (
-            ("logits adjusted in place", probs, probs, None),
-            ("logits widened, adjusted and masked", of(rows, vocab_size), None, mask),
+        for case, logits, out in (
+            ("logits adjusted in place", probs, probs),
+            ("logits widened and adjusted", of(rows, vocab_size), None),
         ):
             yield (
                 f"{num_drafts} drafts, {case}",
-                lambda x=logits, out=out, d=drafts, allowed=allowed: adjust_logits_by_slot(
-                    x, rules, ids, ids, d, allowed=allowed, out=out
-                ),
+                lambda x=logits, out=out, d=drafts: adjust_logits_by_slot(x, rules, ids, ids, d, out=out),
             )
     for logits in (scales(tokens, vocab_size), of(tokens, vocab_size)):
         yield "argmax", lambda x=logits: argmax(x)
