@@ -16,7 +16,7 @@ from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.moe_matmul import MoeConfig, choose_config, expert_matmul
 from nextn.kernels.rms_norm import norm_quantize
 
-from tests.kernels.references import sum_loss
+from tests.kernels.references import has_fp8_units, need_fp8_units, sum_loss
 
 SCHEMES = ["channel", "block", "small blocks", "bfloat16"]
 BLOCKS = {"channel": None, "block": (128, 128), "small blocks": (64, 32), "bfloat16": None}
@@ -131,6 +131,7 @@ def test_each_row_meets_the_matrix_of_its_expert(
     x = torch.randn(num_tokens if swiglu else owners.numel(), width).bfloat16()
     q, scale, wide = x, None, x.double()
     if scheme != "bfloat16" and not is_wide:
+        need_fp8_units(device)
         q, scale = quantize_blocks(x, (1, width if block is None else block[1]))
         wide = q.double() * scale.double().repeat_interleave(width if block is None else block[1], 1)[:, :width]
     loss = sum_loss(q, device)
@@ -175,7 +176,8 @@ def test_the_sum_over_a_tokens_experts(
     # One rounding to bfloat16, of a float32 sum.
     torch.testing.assert_close(got.cpu().double(), exact, rtol=2**-8, atol=1e-5)
     weight = (1 + 0.2 * torch.randn(hidden)).bfloat16().to(device)
-    for options in ({"quantize": False}, {"group_size": None}, {"group_size": 128}):
+    quantizing = [{"group_size": None}, {"group_size": 128}] if has_fp8_units(device) else []
+    for options in [{"quantize": False}, *quantizing]:
         apart, fused = norm_quantize(got, weight, 1e-5, **options), norm_quantize(terms, weight, 1e-5, **options)
         for field in ("sum", "normed", "q", "scale"):
             a, b = getattr(apart, field), getattr(fused, field)
@@ -246,7 +248,9 @@ def test_the_whole_mixture(case: Case, scheme: str, device: torch.device, monkey
     assert got.dtype == x.dtype
     reference = _on_cpu(monkeypatch, fused_moe_stacked, x, ids, weights, stack, residual)
     # A float32 sum that rounds the other way moves an activation by a step of its type, and a result by bfloat16's.
-    assert _relative_error(got, reference.double(), size) < 0.01
+    # The reference quantizes activations.
+    if scheme == "bfloat16" or has_fp8_units(device):
+        assert _relative_error(got, reference.double(), size) < 0.01
     # The worst token's error is some times the 2 to 3 % of e4m3, of which the gate, up and down each take their share:
     # up to 0.18 in 400 draws of the case that varies most, with 18 tokens of 32 columns. Over all tokens it is 0.04 to
     # 0.05.
@@ -289,6 +293,7 @@ def test_no_tokens_are_no_launch(device: torch.device) -> None:
 
 
 def test_activations_that_the_caller_has_quantized_are_taken(device: torch.device) -> None:
+    need_fp8_units(device)
     case = Case(3, 4, 2)
     stack, _, _ = _experts(case.num_routed, case.hidden, case.inner, "channel")
     x, ids, weights, _ = (t.to(device) for t in _inputs(case))
