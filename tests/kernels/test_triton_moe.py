@@ -10,7 +10,7 @@ import torch
 from nextn.kernels import gpu
 from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_token
-from nextn.kernels.fused_moe import StackedExperts, fused_moe_stacked
+from nextn.kernels.fused_moe import StackedExperts, expert_terms
 from nextn.kernels.moe_align import max_blocks, moe_align
 from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.moe_matmul import MoeConfig, choose_config, expert_matmul
@@ -185,6 +185,10 @@ def test_the_sum_over_a_tokens_experts(
             assert a is None or torch.equal(a.float(), b.float()), f"{field} of {options}"
 
 
+def _mixture(*arguments: Any, **options: Any) -> torch.Tensor:
+    return moe_combine(expert_terms(*arguments, **options))
+
+
 @dataclass(frozen=True)
 class Case:
     num_tokens: int
@@ -244,9 +248,9 @@ def test_the_whole_mixture(case: Case, scheme: str, device: torch.device, monkey
     moved, there = _moved(stack, device), [t.to(device) for t in inputs]
     x_there, ids_there, weights_there, residual_there = there
 
-    got = fused_moe_stacked(x_there, ids_there, weights_there, moved, residual_there)
+    got = _mixture(x_there, ids_there, weights_there, moved, residual_there)
     assert got.dtype == x.dtype
-    reference = _on_cpu(monkeypatch, fused_moe_stacked, x, ids, weights, stack, residual)
+    reference = _on_cpu(monkeypatch, _mixture, x, ids, weights, stack, residual)
     # A float32 sum that rounds the other way moves an activation by a step of its type, and a result by bfloat16's.
     # The reference quantizes activations.
     if scheme == "bfloat16" or has_fp8_units(device):
@@ -271,7 +275,7 @@ def test_cards_without_fp8_units_keep_activations_wide(
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: False)
     x, ids, weights, residual = (t.to(device) for t in inputs)
     # Everything but bfloat16's roundings is exact.
-    assert _relative_error(fused_moe_stacked(x, ids, weights, _moved(stack, device), residual), exact, size) < 0.01
+    assert _relative_error(_mixture(x, ids, weights, _moved(stack, device), residual), exact, size) < 0.01
 
 
 @pytest.mark.parametrize("num_tokens", [2, 40])
@@ -282,14 +286,14 @@ def test_all_tokens_may_choose_the_same_experts(num_tokens: int, device: torch.d
     ids = torch.tensor([[15, 3]]).expand(num_tokens, 2)
     exact, size = _exact(case, (x, ids, weights, residual), w13, w2)
     there = [t.to(device) for t in (x, ids, weights)]
-    assert _relative_error(fused_moe_stacked(*there, _moved(stack, device), residual.to(device)), exact, size) < 0.3
+    assert _relative_error(_mixture(*there, _moved(stack, device), residual.to(device)), exact, size) < 0.3
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:
     stack, _, _ = _experts(4, 32, 16, "channel")
     x = torch.empty(0, 32, dtype=torch.bfloat16, device=device)
     ids, weights = torch.empty(0, 2, dtype=torch.int64, device=device), torch.empty(0, 2, device=device)
-    assert fused_moe_stacked(x, ids, weights, _moved(stack, device)).shape == (0, 32)
+    assert _mixture(x, ids, weights, _moved(stack, device)).shape == (0, 32)
 
 
 def test_activations_that_the_caller_has_quantized_are_taken(device: torch.device) -> None:
@@ -298,8 +302,8 @@ def test_activations_that_the_caller_has_quantized_are_taken(device: torch.devic
     stack, _, _ = _experts(case.num_routed, case.hidden, case.inner, "channel")
     x, ids, weights, _ = (t.to(device) for t in _inputs(case))
     moved = _moved(stack, device)
-    plain = fused_moe_stacked(x, ids, weights, moved)
-    given = fused_moe_stacked(torch.zeros_like(x), ids, weights, moved, quantized=quantize_per_token(x))
+    plain = _mixture(x, ids, weights, moved)
+    given = _mixture(torch.zeros_like(x), ids, weights, moved, quantized=quantize_per_token(x))
     assert torch.equal(given, plain)
 
 
@@ -310,10 +314,10 @@ def test_batch_invariance_is_exact(scheme: str, device: torch.device) -> None:
     moved = _moved(stack, device)
     inputs = [t.to(device) for t in _inputs(case)]
     x, ids, weights, residual = inputs
-    whole = fused_moe_stacked(x, ids, weights, moved, residual, batch_invariant=True)
+    whole = _mixture(x, ids, weights, moved, residual, batch_invariant=True)
     for rows in (slice(0, 1), slice(60, 67), slice(69, 70)):
         x, ids, weights, residual = (t[rows].contiguous() for t in inputs)
-        alone = fused_moe_stacked(x, ids, weights, moved, residual, batch_invariant=True)
+        alone = _mixture(x, ids, weights, moved, residual, batch_invariant=True)
         assert torch.equal(alone, whole[rows])
 
 
