@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,49 +12,82 @@ PADDED = {"_commit_sequences", "_rope_and_cache"}
 """Kernels that let all padding write to one place, which nobody reads."""
 
 
-class RaceWatch:
-    """The places that a launch's programs read and write, by address.
+@dataclass
+class _Program:
+    """What a program has done so far.
 
-    No program may read what another one of its launch writes, but past the L1 cache, as what a counter guards is read;
-    nor may two write different values to a place. Within a program, elements of tiles belong to threads: a place that
-    is touched again at another element needs a barrier in between.
+    written: places, by store; num_ordered: stores that have a barrier behind them
+    read: places, by load since the last barrier
+    counts: by count, its places and num_ordered at the time
+    found: places that others had written, as its counts tell it
+    """
+
+    written: list[Any] = field(default_factory=list)
+    num_ordered: int = 0
+    read: list[Any] = field(default_factory=list)
+    counts: list[tuple[Any, int]] = field(default_factory=list)
+    found: list[Any] = field(default_factory=list)
+
+
+class RaceWatch:
+    """The places that one launch's programs read and write, by address.
+
+    No program may read what another one writes, unless past the L1 cache and in an order that a counter makes: the
+    writer stores, passes a barrier and counts; the reader counts at the same place later, and then reads. Nor may two
+    write different values to a place. Within a program, elements of tiles belong to threads: a place that is touched
+    again at another element needs a barrier in between.
     """
 
     def __init__(self) -> None:
         self._reads: list[tuple[Any, Any]] = []
         self._writes: list[tuple[Any, Any, Any]] = []
         self._counters: list[Any] = []
-        self._read_since: list[Any] = []
-        self._written_since: list[Any] = []
-        self._program = 0
+        self._published: dict[int, list[Any]] = {}  # by counter: places that are written for whoever counts there
+        self._num_programs = 0
+        self._program = _Program()
 
     def begin_program(self) -> None:
-        self._program += 1
-        self.pass_barrier()
+        """The program before has ended."""
+        for counters, num_ordered in self._program.counts:
+            if num_ordered:
+                places = np.concatenate(self._program.written[:num_ordered])
+                if later := self._program.written[num_ordered:]:
+                    places = places[~np.isin(places, np.concatenate(later))]
+                for counter in counters.tolist():
+                    self._published.setdefault(counter, []).append(places)
+        self._num_programs += 1
+        self._program = _Program()
 
     def pass_barrier(self) -> None:
-        self._read_since.clear()
-        self._written_since.clear()
+        self._program.num_ordered = len(self._program.written)
+        self._program.read.clear()
 
     def read(self, places: Any, *, is_guarded: bool) -> None:
-        _check_apart(places, self._written_since)
-        self._read_since.append(places)
-        if not is_guarded:
-            self._reads.append((places, np.full(places.size, self._program)))
+        program = self._program
+        _check_apart(places, program.written[program.num_ordered :])
+        program.read.append(places)
+        if is_guarded and program.found:
+            places = places[~np.isin(places, np.concatenate(program.found))]
+        self._reads.append((places, np.full(places.size, self._num_programs)))
 
     def write(self, places: Any, values: Any) -> None:
-        _check_apart(places, self._written_since)
-        _check_apart(places, self._read_since)
-        self._written_since.append(places)
-        self._writes.append((places, np.full(places.size, self._program), values))
+        program = self._program
+        _check_apart(places, program.written[program.num_ordered :])
+        _check_apart(places, program.read)
+        program.written.append(places)
+        self._writes.append((places, np.full(places.size, self._num_programs), values))
 
-    def count(self, places: Any) -> None:
+    def count(self, places: Any, *, is_ordering: bool = True) -> None:
+        """is_ordering: it releases what has a barrier behind it, and acquires what others released; not relaxed."""
         self._counters.append(places)
+        if is_ordering:
+            self._program.counts.append((places, self._program.num_ordered))
+            for counter in places.tolist():
+                self._program.found += self._published.get(counter, [])
 
     def end_launch(self, name: str) -> None:
         """Raises AssertionError if its programs disturb each other."""
         reads, writes, counters = self._reads, self._writes, self._counters
-        self._reads, self._writes, self._counters = [], [], []
         if not writes:
             return
         places, programs, values = (np.concatenate(parts) for parts in zip(*writes, strict=True))
@@ -101,9 +135,10 @@ def watch_for_races(monkeypatch: pytest.MonkeyPatch) -> None:
             watch.write(places, values.view(f"u{values.itemsize}").astype(np.uint64))
         return store(self, pointers, value, mask, *how, **more)
 
-    def watched_count(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *how: Any, **more: Any) -> Any:
-        watch.count(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
-        return count(self, operation, pointers, value, mask, *how, **more)
+    def watched_count(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, order: Any, scope: Any) -> Any:
+        places = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        watch.count(places, is_ordering="ACQUIRE_RELEASE" in str(order) and "CTA" not in str(scope))
+        return count(self, operation, pointers, value, mask, order, scope)
 
     def watched_barrier(self: Any) -> Any:
         watch.pass_barrier()
@@ -114,6 +149,8 @@ def watch_for_races(monkeypatch: pytest.MonkeyPatch) -> None:
         begin(self, x, y, z)
 
     def watched_launch(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal watch
+        watch = RaceWatch()
         launch(self, *arguments, **options)
         watch.end_launch(self.fn.__name__)
 

@@ -1,4 +1,4 @@
-"""The torch side of a public function, where a test has sent its calls to Triton."""
+"""The torch side of a public function, where a test has sent its calls to Triton; and what cards do otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from nextn.kernels import gpu
 
@@ -14,6 +15,20 @@ def in_torch(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
     """What the function returns without Triton. Tensors are taken as they are; give it those of the CPU."""
     with mock.patch.object(gpu, "suits", return_value=False):
         return function(*arguments, **options)
+
+
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether Triton rounds to FP8 and multiplies it there, whatever the server has been told of the card.
+
+    For compute capability 8.0 it knows no FP8: there the server keeps activations wide, and widens codes in integers.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def need_fp8_units(device: torch.device) -> None:
+    """For tests of what the server asks of no other card."""
+    if not has_fp8_units(device):
+        pytest.skip("Triton rounds to FP8, and multiplies it, from compute capability 8.9 on")
 
 
 def sum_loss(x: torch.Tensor, device: torch.device) -> float:

@@ -14,6 +14,8 @@ from nextn.kernels.paged_attention import make_attention_layout, paged_attention
 from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
 from nextn.kernels.rotary import make_rotary_table
 
+from tests.kernels.references import has_fp8_units
+
 BEYOND = 2**31 + 2**20
 Bytes = Callable[[int], torch.Tensor]
 
@@ -55,13 +57,15 @@ def test_the_last_expert_of_many(swiglu: bool, device: torch.device, zeros: Byte
     last = weight.shape[0] - 1
     weight[last] = torch.randn(n, k, device=device).to(FP8)
     scale = torch.ones(1, n, 1, device=device).expand(last + 1, n, 1).contiguous()
-    x = torch.randn(1, k, device=device).to(FP8)
+    is_quantized = has_fp8_units(device)
+    x = torch.randn(1, k, device=device).to(FP8 if is_quantized else torch.bfloat16)
+    x_scale = torch.ones(1, 1, device=device) if is_quantized else None
     experts = torch.tensor([last], device=device)
 
     def product(weight: torch.Tensor, scale: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         return expert_matmul(
             x,
-            torch.ones(1, 1, device=device),
+            x_scale,
             weight,
             scale,
             None,

@@ -12,7 +12,7 @@ from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel, qu
 from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.matmul_config import MAX_TILES, choose_config, num_tiles
 
-from tests.kernels.references import sum_loss
+from tests.kernels.references import need_fp8_units, sum_loss
 
 SIZES = [(1, 64, 128), (3, 100, 200), (17, 96, 640), (64, 70, 1100), (65, 130, 144), (200, 300, 256)]
 
@@ -25,6 +25,7 @@ def _check(got: torch.Tensor, exact: torch.Tensor, parts: torch.Tensor, loss: fl
 @pytest.mark.parametrize("epilogue", ["plain", "bias", "residual", "both"])
 @pytest.mark.parametrize("size", SIZES)
 def test_per_token_and_per_channel(size: tuple[int, int, int], epilogue: str, device: torch.device) -> None:
+    need_fp8_units(device)
     m, n, k = size
     x, x_scale = quantize_per_token(torch.randn(m, k) * torch.logspace(-2, 2, m)[:, None])
     w, w_scale = quantize_per_channel(torch.randn(n, k))
@@ -48,6 +49,7 @@ def test_per_token_and_per_channel(size: tuple[int, int, int], epilogue: str, de
 @pytest.mark.parametrize("size", [(1, 64, 128), (3, 100, 384), (64, 70, 1152), (65, 130, 256), (200, 300, 256)])
 def test_per_group_and_per_channel(size: tuple[int, int, int], group: int, device: torch.device) -> None:
     """Attention's heads have scales of their own, whatever the weight's are."""
+    need_fp8_units(device)
     m, n, k = size
     x, x_scale = quantize_per_group(torch.randn(m, k) * torch.logspace(-2, 2, k), group)
     w, w_scale = quantize_per_channel(torch.randn(n, k))
@@ -64,6 +66,7 @@ def test_per_group_and_per_channel(size: tuple[int, int, int], group: int, devic
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), (48, 256)])
 @pytest.mark.parametrize("size", SIZES)
 def test_per_block(size: tuple[int, int, int], block: tuple[int, int], device: torch.device) -> None:
+    need_fp8_units(device)
     m, n, k = size
     x, x_scale = quantize_per_group(torch.randn(m, k), block[1])
     w, w_scale = quantize_blocks(torch.randn(n, k) * torch.logspace(-1, 1, k), block)
@@ -103,6 +106,7 @@ def test_every_code_is_widened_exactly(device: torch.device) -> None:
 
 
 def test_a_scale_per_tensor(device: torch.device) -> None:
+    need_fp8_units(device)
     x, w = torch.randn(5, 64).to(torch.float8_e4m3fn), torch.randn(40, 64).to(torch.float8_e4m3fn)
     one, other = torch.tensor([0.5]), torch.tensor([[3.0]])
     got = w8a8_matmul(*(t.to(device) for t in (x, one, w, other)))
@@ -111,6 +115,7 @@ def test_a_scale_per_tensor(device: torch.device) -> None:
 
 
 def test_batch_invariance_is_exact(device: torch.device) -> None:
+    need_fp8_units(device)
     x, x_scale = quantize_per_token(torch.randn(130, 384))
     w, w_scale = quantize_per_channel(torch.randn(72, 384))
     x, x_scale, w, w_scale = (t.to(device) for t in (x, x_scale, w, w_scale))
@@ -129,6 +134,7 @@ def test_copies_by_descriptor_give_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """block: of both, or of x alone, or of none"""
+    need_fp8_units(device)
     m, n, k = size
     k -= k % block if isinstance(block, int) else 0
     x, w = torch.randn(m, k), torch.randn(n, k)

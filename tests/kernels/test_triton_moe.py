@@ -10,13 +10,13 @@ import torch
 from nextn.kernels import gpu
 from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_token
-from nextn.kernels.fused_moe import StackedExperts, fused_moe_stacked
+from nextn.kernels.fused_moe import StackedExperts, expert_terms
 from nextn.kernels.moe_align import max_blocks, moe_align
 from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.moe_matmul import MoeConfig, choose_config, expert_matmul
 from nextn.kernels.rms_norm import norm_quantize
 
-from tests.kernels.references import sum_loss
+from tests.kernels.references import has_fp8_units, need_fp8_units, sum_loss
 
 SCHEMES = ["channel", "block", "small blocks", "bfloat16"]
 BLOCKS = {"channel": None, "block": (128, 128), "small blocks": (64, 32), "bfloat16": None}
@@ -131,6 +131,7 @@ def test_each_row_meets_the_matrix_of_its_expert(
     x = torch.randn(num_tokens if swiglu else owners.numel(), width).bfloat16()
     q, scale, wide = x, None, x.double()
     if scheme != "bfloat16" and not is_wide:
+        need_fp8_units(device)
         q, scale = quantize_blocks(x, (1, width if block is None else block[1]))
         wide = q.double() * scale.double().repeat_interleave(width if block is None else block[1], 1)[:, :width]
     loss = sum_loss(q, device)
@@ -175,12 +176,17 @@ def test_the_sum_over_a_tokens_experts(
     # One rounding to bfloat16, of a float32 sum.
     torch.testing.assert_close(got.cpu().double(), exact, rtol=2**-8, atol=1e-5)
     weight = (1 + 0.2 * torch.randn(hidden)).bfloat16().to(device)
-    for options in ({"quantize": False}, {"group_size": None}, {"group_size": 128}):
+    quantizing = [{"group_size": None}, {"group_size": 128}] if has_fp8_units(device) else []
+    for options in [{"quantize": False}, *quantizing]:
         apart, fused = norm_quantize(got, weight, 1e-5, **options), norm_quantize(terms, weight, 1e-5, **options)
         for field in ("sum", "normed", "q", "scale"):
             a, b = getattr(apart, field), getattr(fused, field)
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a.float(), b.float()), f"{field} of {options}"
+
+
+def _mixture(*arguments: Any, **options: Any) -> torch.Tensor:
+    return moe_combine(expert_terms(*arguments, **options))
 
 
 @dataclass(frozen=True)
@@ -242,11 +248,13 @@ def test_the_whole_mixture(case: Case, scheme: str, device: torch.device, monkey
     moved, there = _moved(stack, device), [t.to(device) for t in inputs]
     x_there, ids_there, weights_there, residual_there = there
 
-    got = fused_moe_stacked(x_there, ids_there, weights_there, moved, residual_there)
+    got = _mixture(x_there, ids_there, weights_there, moved, residual_there)
     assert got.dtype == x.dtype
-    reference = _on_cpu(monkeypatch, fused_moe_stacked, x, ids, weights, stack, residual)
+    reference = _on_cpu(monkeypatch, _mixture, x, ids, weights, stack, residual)
     # A float32 sum that rounds the other way moves an activation by a step of its type, and a result by bfloat16's.
-    assert _relative_error(got, reference.double(), size) < 0.01
+    # The reference quantizes activations.
+    if scheme == "bfloat16" or has_fp8_units(device):
+        assert _relative_error(got, reference.double(), size) < 0.01
     # The worst token's error is some times the 2 to 3 % of e4m3, of which the gate, up and down each take their share:
     # up to 0.18 in 400 draws of the case that varies most, with 18 tokens of 32 columns. Over all tokens it is 0.04 to
     # 0.05.
@@ -267,7 +275,7 @@ def test_cards_without_fp8_units_keep_activations_wide(
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: False)
     x, ids, weights, residual = (t.to(device) for t in inputs)
     # Everything but bfloat16's roundings is exact.
-    assert _relative_error(fused_moe_stacked(x, ids, weights, _moved(stack, device), residual), exact, size) < 0.01
+    assert _relative_error(_mixture(x, ids, weights, _moved(stack, device), residual), exact, size) < 0.01
 
 
 @pytest.mark.parametrize("num_tokens", [2, 40])
@@ -278,23 +286,24 @@ def test_all_tokens_may_choose_the_same_experts(num_tokens: int, device: torch.d
     ids = torch.tensor([[15, 3]]).expand(num_tokens, 2)
     exact, size = _exact(case, (x, ids, weights, residual), w13, w2)
     there = [t.to(device) for t in (x, ids, weights)]
-    assert _relative_error(fused_moe_stacked(*there, _moved(stack, device), residual.to(device)), exact, size) < 0.3
+    assert _relative_error(_mixture(*there, _moved(stack, device), residual.to(device)), exact, size) < 0.3
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:
     stack, _, _ = _experts(4, 32, 16, "channel")
     x = torch.empty(0, 32, dtype=torch.bfloat16, device=device)
     ids, weights = torch.empty(0, 2, dtype=torch.int64, device=device), torch.empty(0, 2, device=device)
-    assert fused_moe_stacked(x, ids, weights, _moved(stack, device)).shape == (0, 32)
+    assert _mixture(x, ids, weights, _moved(stack, device)).shape == (0, 32)
 
 
 def test_activations_that_the_caller_has_quantized_are_taken(device: torch.device) -> None:
+    need_fp8_units(device)
     case = Case(3, 4, 2)
     stack, _, _ = _experts(case.num_routed, case.hidden, case.inner, "channel")
     x, ids, weights, _ = (t.to(device) for t in _inputs(case))
     moved = _moved(stack, device)
-    plain = fused_moe_stacked(x, ids, weights, moved)
-    given = fused_moe_stacked(torch.zeros_like(x), ids, weights, moved, quantized=quantize_per_token(x))
+    plain = _mixture(x, ids, weights, moved)
+    given = _mixture(torch.zeros_like(x), ids, weights, moved, quantized=quantize_per_token(x))
     assert torch.equal(given, plain)
 
 
@@ -305,10 +314,10 @@ def test_batch_invariance_is_exact(scheme: str, device: torch.device) -> None:
     moved = _moved(stack, device)
     inputs = [t.to(device) for t in _inputs(case)]
     x, ids, weights, residual = inputs
-    whole = fused_moe_stacked(x, ids, weights, moved, residual, batch_invariant=True)
+    whole = _mixture(x, ids, weights, moved, residual, batch_invariant=True)
     for rows in (slice(0, 1), slice(60, 67), slice(69, 70)):
         x, ids, weights, residual = (t[rows].contiguous() for t in inputs)
-        alone = fused_moe_stacked(x, ids, weights, moved, residual, batch_invariant=True)
+        alone = _mixture(x, ids, weights, moved, residual, batch_invariant=True)
         assert torch.equal(alone, whole[rows])
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from nextn.kernels import fp8_quantize, gpu, rms_norm, silu_mul
 
+from tests.kernels.references import need_fp8_units
+
 SHAPES = [(1, 16), (3, 100), (5, 128), (2, 300), (7, 1408)]
 
 
@@ -22,6 +24,7 @@ def _rows(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch
 def test_quantization_equals_torch_bit_for_bit(
     shape: tuple[int, int], group_size: int | None, device: torch.device
 ) -> None:
+    need_fp8_units(device)
     x = _rows(*shape)
     q, scale = fp8_quantize._quantize_reference(x, group_size)
     got_q, got_scale = (
@@ -37,9 +40,9 @@ def test_quantization_equals_torch_bit_for_bit(
 def test_weights_are_quantized_on_cards_without_fp8_units_too(
     num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch, a few rows at a time."""
+    """By torch, a few rows at a time, which changes nothing."""
     weight = torch.randn(num_rows, 48).bfloat16().to(device)
-    q, scale = fp8_quantize.quantize_per_token(weight)
+    q, scale = fp8_quantize._quantize_reference(weight, None)
     monkeypatch.setattr(gpu, "has_fp8_units", lambda device: False)
     monkeypatch.setattr(gpu, "launch", lambda *arguments, **options: pytest.fail("Triton cannot round to FP8 there"))
     monkeypatch.setattr(fp8_quantize, "ROWS_AT_ONCE", 4)
@@ -50,20 +53,19 @@ def test_weights_are_quantized_on_cards_without_fp8_units_too(
 
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_a_number_does_not_become_one(value: float, group_size: int | None, device: torch.device) -> None:
+@pytest.mark.parametrize("by_triton", [False, True])
+def test_what_is_not_a_number_does_not_become_one(
+    by_triton: bool, value: float, group_size: int | None, device: torch.device
+) -> None:
     x = torch.randn(2, 48).bfloat16()
     x[0, 20] = value
-    for rows in (x, x.to(device)):  # in torch, and in Triton
-        q, scale = (
-            fp8_quantize._quantize_reference(rows.cpu(), group_size)
-            if rows is x
-            else fp8_quantize.quantize_per_token(rows)
-            if group_size is None
-            else fp8_quantize.quantize_per_group(rows, group_size)
-        )
-        wide = q.float().cpu() * scale.cpu().repeat_interleave(group_size or 48, 1)
-        assert not wide[0, 20].isfinite()
-        assert bool(wide[1].isfinite().all())
+    if by_triton:
+        need_fp8_units(device)
+    quantize = fp8_quantize._launch_quantize if by_triton else fp8_quantize._quantize_reference
+    q, scale = quantize(x.to(device), group_size)
+    wide = q.float().cpu() * scale.cpu().repeat_interleave(group_size or 48, 1)
+    assert not wide[0, 20].isfinite()
+    assert bool(wide[1].isfinite().all())
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -72,6 +74,8 @@ def test_what_is_not_a_number_does_not_become_one(value: float, group_size: int 
 def test_norm_residual_and_quantization_in_one_pass(
     shape: tuple[int, int], has_residual: bool, quantize: bool, device: torch.device
 ) -> None:
+    if quantize:
+        need_fp8_units(device)
     x = _rows(*shape)
     residual = torch.randn(shape).bfloat16() if has_residual else None
     weight = (1 + 0.2 * torch.randn(shape[1])).bfloat16()
@@ -100,12 +104,13 @@ def test_swiglu_and_quantization_in_one_pass(
     gate_up = torch.randn(rows, 2 * columns).bfloat16() * 4
     gate, up = gate_up.double().chunk(2, -1)
     exact = gate * torch.sigmoid(gate) * up
+    torch.testing.assert_close(silu_mul.silu_mul(gate_up.to(device)).cpu().double(), exact, rtol=2**-8, atol=1e-6)
+    need_fp8_units(device)
     q, scale = silu_mul.silu_mul_quantize(gate_up.to(device), group_size)
     wide = scale.cpu().double().repeat_interleave(group_size or columns, 1)[:, :columns]
     # Half a step of e4m3 (3 bits of mantissa), and of the smallest step, 2⁻⁹ scales.
     error = (q.cpu().double() * wide - exact).abs()
     assert bool((error <= exact.abs() * (2**-4 + 1e-4) + wide * 2**-10).all())
-    torch.testing.assert_close(silu_mul.silu_mul(gate_up.to(device)).cpu().double(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_no_rows_are_no_launch(device: torch.device) -> None:

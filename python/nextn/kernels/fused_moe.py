@@ -1,7 +1,7 @@
 """SwiGLU MLPs (Shazeer, 2020): a mixture of routed and shared experts, and the dense one.
 
 Floor: the weights of each expert that is touched, read once: 3 · I · H elements; limited by memory until an expert sees
-a few hundred tokens. ``fused_moe_stacked`` is for GPUs: a few launches, whose sizes depend on nothing but shapes.
+a few hundred tokens. ``expert_terms`` is for GPUs: a few launches, whose sizes depend on nothing but shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nextn.kernels import gpu, native
 from nextn.kernels.fp8_quantize import quantize_per_group, quantize_per_token
 from nextn.kernels.linear import PackedWeight, linear
 from nextn.kernels.moe_align import moe_align
-from nextn.kernels.moe_combine import ExpertTerms, moe_combine
+from nextn.kernels.moe_combine import ExpertTerms
 from nextn.kernels.moe_matmul import choose_config, expert_matmul
 from nextn.kernels.silu_mul import silu_mul
 
@@ -148,27 +148,6 @@ class StackedExperts:
     has_shared: bool
 
 
-def fused_moe_stacked(
-    x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    expert_weights: torch.Tensor,
-    experts: StackedExperts,
-    residual: torch.Tensor | None = None,
-    *,
-    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
-    batch_invariant: bool = False,
-) -> torch.Tensor:
-    """Σ over a token's experts of weight · down(silu(gate(x)) · up(x)), plus the shared expert (plus residual).
-
-    Arguments as for ``expert_terms``. Returns [T, H] in x's dtype.
-    """
-    return moe_combine(
-        expert_terms(
-            x, expert_ids, expert_weights, experts, residual, quantized=quantized, batch_invariant=batch_invariant
-        )
-    )
-
-
 def expert_terms(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -180,6 +159,8 @@ def expert_terms(
     batch_invariant: bool = False,
 ) -> ExpertTerms:
     """The terms of Σ over a token's experts of weight · down(silu(gate(x)) · up(x)), the shared expert and residual.
+
+    ``moe_combine`` adds them up, or the norm that follows.
 
     FP8 matrices meet activations that are quantized per token, or per group of block_k columns; wide ones on cards
     without FP8 units. Products are summed in float32; silu · up and an expert's result are rounded to x's dtype.

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from nextn.config.model_config import ModelConfig
 from nextn.kernels.fp8_quantize import FP8
-from nextn.kernels.fused_moe import StackedExperts, fused_moe_stacked
+from nextn.kernels.fused_moe import StackedExperts, expert_terms
 from nextn.kernels.linear import PackedWeight
+from nextn.kernels.moe_combine import moe_combine
 from nextn.kernels.router import MAX_TOKEN_TILES, route
 
 from tests.kernels.published.common import Call, of, scales
@@ -40,8 +41,8 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
             for invariant in (False, True):
                 yield (
                     f"experts {case}, {ranks} ranks, batch_invariant {invariant}",
-                    lambda experts=experts, invariant=invariant: fused_moe_stacked(
-                        x, ids, weights, experts, x, batch_invariant=invariant
+                    lambda experts=experts, invariant=invariant: moe_combine(
+                        expert_terms(x, ids, weights, experts, x, batch_invariant=invariant)
                     ),
                 )
 
