@@ -339,9 +339,9 @@ def busy_intervals(place: Place, engine: Engine, batch: int) -> Intervals:
         noted: Intervals = []
         launch = runner.launch
 
-        def noting(step: DecodeBatch) -> DecidedTokens:
+        def noting(step: DecodeBatch, *masks: Any) -> DecidedTokens:
             started = time.perf_counter()
-            decided = launch(step)
+            decided = launch(step, *masks)
             noted.append((started, time.perf_counter()))
             return decided
 
