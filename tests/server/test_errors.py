@@ -24,6 +24,16 @@ UNIQUE = {
         "parameters": {"type": "object", "properties": {"ids": {"type": "array", "uniqueItems": True}}},
     },
 }
+WIDE = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "parameters": {
+            "type": "object",
+            "properties": {f"p{i}": {"type": "array", "items": {"enum": ["x" * 1000]}} for i in range(300)},
+        },
+    },
+}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -181,6 +191,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"tool_choice": "auto", "tools": [{"type": "x"}]}, "tools[0].type"),
     (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
+    (CHAT, {"tools": [WIDE], "tool_choice": "required"}, "tools"),
     (CHAT, {"tools": [UNIQUE]}, "tools[0].function.parameters.properties.ids"),
     (CHAT, {"tools": "f"}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(80)}}]}, "tools"),

@@ -22,6 +22,9 @@ from nextn.text.tokenizer import Tokenizer
 MAX_GRAMMAR_LEN = 131072
 """Characters of a schema, an expression or a grammar; compiling more would hold up other requests."""
 
+MAX_OUTPUT_GRAMMAR_LEN = 262144
+"""Characters of all that a chat request asks of its answer."""
+
 WHITESPACE = r"[ \t]{1,2}|\n[ \t]{0,32}"
 """Between the parts of JSON. Where there may be more, a model that does not know how to go on writes nothing else."""
 
@@ -111,6 +114,7 @@ def whole_output(body: str, rules: str, parts: Mapping[str, Form], tags: Tags, r
     """The grammar of an output: reasoning, as far as it may be there, then ``body``.
 
     body: a Lark expression of the names in ``rules`` and, behind @, in ``parts``
+    Raises RequestError where there is too much of it.
     """
     before = ""
     if reasoning is not Reasoning.NONE and THINK_OPEN in tags and THINK_CLOSE in tags:
@@ -118,4 +122,8 @@ def whole_output(body: str, rules: str, parts: Mapping[str, Form], tags: Tags, r
         before = f"{inside} " if reasoning is Reasoning.BEGUN else f"(NL {tags[THINK_OPEN]} {inside})? "
     lark = f"start: {before}NL {body}\n{rules}{LAYOUT}"
     named = [{"name": name, **form.definition} for name, form in parts.items()]
-    return json.dumps({"grammars": [{"lark_grammar": lark}, *named]}, ensure_ascii=False)
+    grammar = json.dumps({"grammars": [{"lark_grammar": lark}, *named]}, ensure_ascii=False)
+    if len(grammar) > MAX_OUTPUT_GRAMMAR_LEN:
+        message = f"tools: their schemas make a grammar of {len(grammar)} characters, expected at most "
+        raise RequestError(f"{message}{MAX_OUTPUT_GRAMMAR_LEN}; offer fewer, or none that is strict", "tools")
+    return grammar

@@ -82,8 +82,8 @@ class ToolSchemas:
         found = []
         for name in names:
             schema = properties.get(name, True)
-            alone = {**shared, **schema} if isinstance(schema, Mapping) else schema
-            found.append((name, alone, name in required))
+            refers = isinstance(schema, Mapping) and '"$ref"' in json.dumps(schema)
+            found.append((name, {**shared, **schema} if refers else schema, name in required))
         return found
 
     def strings_of(self, tool: str, argument: str) -> list[str] | None:
