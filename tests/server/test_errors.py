@@ -405,7 +405,7 @@ def test_an_engine_error_before_the_first_token_is_a_500_with_its_reason(make_ap
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, GENERATE])
 def test_an_engine_error_in_mid_stream_is_an_error_event_and_the_end(make_app: AppFactory, path: str) -> None:
-    app = make_app(behaviour=Behaviour(error_after_tokens=2, tokens_per_step=1))
+    app = make_app(behaviour=Behaviour(error_after_tokens=2, tokens_per_step=1, step_seconds=0.05))
     response = app.http.post(path, json={**VALID[path], "stream": True})
     assert response.status_code == 200
     events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
