@@ -51,7 +51,7 @@ def test_a_signal_ends_an_idle_server_with_code_0_and_nothing_left(model: tuple[
 
 
 def test_while_the_model_loads_the_server_answers_503(model: tuple[str, str]) -> None:
-    with launched(*model, fake="load_seconds=2") as server:
+    with launched(*model, fake="load_seconds=6") as server:
         wait_until(lambda: answers(server), 20)
         assert server.http.get("/health").status_code == 503
         assert not server.is_ready
