@@ -220,6 +220,7 @@ def _serve(
     from nextn.server.sampling import SamplingDefaults
     from nextn.server.services import Services
     from nextn.server.serving import Supervision, serve
+    from nextn.text.grammar_compiler import GrammarProver
     from nextn.text.tokenizer import Tokenizer
 
     served_model_name = args.served_model_name or Path(model_path).resolve().name
@@ -248,6 +249,7 @@ def _serve(
             engine=client,
             metrics=metrics,
             tokenizer=tokenizer,
+            prover=GrammarProver(args.tokenizer_path or model_path),
             defaults=SamplingDefaults.from_checkpoint(model_path),
             seeds=random.Random(args.random_seed),
         )

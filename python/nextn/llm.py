@@ -18,7 +18,7 @@ from nextn.execution.ranks_beside import RanksBeside
 from nextn.execution.threads import set_num_threads
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep, TokenLogprobs, first_steps
 from nextn.protocol.sampling import TokenSampling
-from nextn.text.grammar import Form, ebnf_form, json_form, regex_form
+from nextn.text.grammar import Check, Form, ebnf_form, json_form, regex_form
 from nextn.text.output import OutputAssembler
 from nextn.text.tokenizer import Tokenizer
 
@@ -57,16 +57,15 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
 
-    @property
-    def grammar(self) -> str | None:
+    def grammar(self, check: Check) -> str | None:
         """What the engine holds the output to. Raises RequestError where it is asked for wrongly."""
         forms: list[Form] = []
         if self.json_schema is not None:
-            forms.append(json_form(self.json_schema, "json_schema"))
+            forms.append(json_form(self.json_schema, "json_schema", check))
         if self.regex is not None:
-            forms.append(regex_form(self.regex, "regex"))
+            forms.append(regex_form(self.regex, "regex", check))
         if self.ebnf is not None:
-            forms.append(ebnf_form(self.ebnf, "ebnf"))
+            forms.append(ebnf_form(self.ebnf, "ebnf", check))
         if len(forms) > 1:
             raise RequestError("json_schema, regex, ebnf: found several, expected at most one", "json_schema")
         return forms[0].as_grammar() if forms else None
@@ -96,7 +95,7 @@ class GenerationOutput:
     """What one prompt gave.
 
     output_ids: generated tokens, with the stop token that ended them if one did
-    finish_reason: "stop", "length" or "abort"
+    finish_reason: "stop", "length", "abort", or "error" where the output could not be held to its grammar any further
     meta_info: prompt_tokens, completion_tokens, cached_tokens, spec_verify_ct, spec_accept_length, …; spec_steps has
         per step (drafted, accepted, emitted): the first ``accepted`` of the step's tokens were drafted
     """
@@ -147,6 +146,8 @@ class LLM:
         params_list = [params] * len(prompt_list) if isinstance(params, SamplingParams) else list(params)
         if len(params_list) != len(prompt_list):
             raise RequestError(f"found {len(params_list)} sampling_params for {len(prompt_list)} prompts")
+        for one in params_list:
+            one.grammar(self.engine.check_grammar)  # before any request is added
         pending: dict[str, _Pending] = {}
         for prompt, one in zip(prompt_list, params_list, strict=True):
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -194,7 +195,7 @@ class LLM:
             input_ids=ids,
             sampling=params.for_engine(seed),
             num_top_logprobs=params.logprobs,
-            grammar=params.grammar,
+            grammar=params.grammar(self.engine.check_grammar),
         )
         while True:
             refusal = self.engine.add(request)

@@ -106,7 +106,10 @@ def test_a_grammar_holds_the_output_of_two_ranks(engine_over: EngineContext, fol
     """Rank 0 alone knows it; the other one computes the same steps."""
     path = checkpoint(folder, vocab_size=40, eos_token_id=[END_OF_LETTERS])
     write_letters(Path(path))
-    fields: dict[str, Any] = {"grammar": regex_form("[ab]{4}-[0-9]{6}!", "regex").as_grammar(), "ignore_eos": False}
+    fields: dict[str, Any] = {
+        "grammar": regex_form("[ab]{4}-[0-9]{6}!", "regex", str).as_grammar(),
+        "ignore_eos": False,
+    }
     asked = [request(str(i), [5 * i + 1, 7], 20, temperature=float(i % 2), seed=i, **fields) for i in range(4)]
     asked += [request("free", [9, 1], 20)]
     found = []

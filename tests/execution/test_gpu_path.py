@@ -154,7 +154,7 @@ def test_a_grammar_holds_beside_sequences_that_draft(
     folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "num_processors", lambda device: 2)
-    grammar = regex_form("[ab][0-9]{3}!", "regex").as_grammar()
+    grammar = regex_form("[ab][0-9]{3}!", "regex", str).as_grammar()
     held = [request(str(i), prompt, 8, grammar=grammar, ignore_eos=False) for i, prompt in enumerate(PROMPTS)]
     engine = _engine(write_letters(folders["channel"]), num_draft_steps=2)
     engine.add(request("free", [4, 4, 8], 6))

@@ -35,7 +35,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 PATTERN = "([ab]{2}|[cd]{3})-[0-9]{4,6}!"
-GRAMMARS = [regex_form(PATTERN, "regex").as_grammar(), json_form(SCHEMA, "json_schema").as_grammar()]
+GRAMMARS = [regex_form(PATTERN, "regex", str).as_grammar(), json_form(SCHEMA, "json_schema", str).as_grammar()]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_sampled_output_keeps_to_its_grammar(folder: Path, tokenizer: Tokenizer,
 
 def test_sampled_output_has_the_masked_distribution(folder: Path, tokenizer: Tokenizer) -> None:
     """Against the target's own probabilities, cut to what a matcher of its own allows."""
-    grammar = regex_form("[abc][de]?", "regex").as_grammar()
+    grammar = regex_form("[abc][de]?", "regex", str).as_grammar()
     engine = _engine(folder, max_running_requests=64, max_queued_requests=4000)
     prompt, temperature, num = _prompt(3), 2.0, 1500
     expected = _distribution(engine, tokenizer, grammar, prompt, temperature)
@@ -200,7 +200,9 @@ def test_a_grammar_that_gets_too_hard_ends_its_request_alone(folder: Path) -> No
     last = outputs["hard"][-1]
     assert (last.finish_reason, last.error_kind) == ("error", "invalid")
     assert last.error is not None
-    assert last.error.startswith("grammar: ")
+    assert last.error.startswith("the answer's grammar: ")
+    said = [token for output in outputs["hard"] for token in output.token_ids]
+    assert LLMatcher(vocabulary, GRAMMARS[1]).try_consume_tokens(said) == len(said), "what was not held is not said"
 
 
 def test_what_cannot_be_served_is_refused(folder: Path, tiny_checkpoint: Path) -> None:

@@ -27,6 +27,7 @@ from nextn.server.listening import listen
 from nextn.server.metrics import Metrics
 from nextn.server.sampling import SamplingDefaults
 from nextn.server.services import Services
+from nextn.text.grammar_compiler import GrammarProver
 from nextn.text.tokenizer import Tokenizer
 from starlette.types import ASGIApp
 
@@ -102,6 +103,7 @@ def run_app(
             engine=client,
             metrics=metrics,
             tokenizer=tokenizer,
+            prover=GrammarProver(model_path),
             defaults=SamplingDefaults(),
         )
         app = create_app(services)

@@ -16,6 +16,7 @@ from tests.server.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, Behaviour
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 HELLO = [{"role": "user", "content": "hello"}]
+HOSTILE = "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(7000)) + 'a7000: "x"\n'
 UNIQUE = {
     "type": "function",
     "function": {
@@ -170,6 +171,10 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
     (CHAT, {"response_format": {"type": "json_object"}, "min_tokens": 2}, "min_tokens"),
     (CHAT, {"response_format": {"type": "json_object"}, "regex": "a"}, "response_format"),
+    (CHAT, {"regex": "a", "tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"response_format": schema({"x-guidance": {"lenient": True}})}, "response_format.json_schema.schema"),
+    (CHAT, {"ebnf": "root ::= root"}, "ebnf"),
+    (COMPLETIONS, {"ebnf": HOSTILE}, "ebnf"),
     (CHAT, {"regex": "a", "ebnf": 'root ::= "a"'}, "regex"),
     (CHAT, {"regex": "[a-"}, "regex"),
     (CHAT, {"json_schema": "{"}, "json_schema"),

@@ -13,10 +13,13 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from nextn.errors import RequestError
 from nextn.text.grammar import MAX_GRAMMAR_LEN, Reasoning, Tags, ebnf_form, json_form, regex_form, whole_output
+from nextn.text.grammar_compiler import compile_grammar
 from nextn.text.message import MessageParser, ReasoningText
 from nextn.text.tokenizer import Tokenizer
 from nextn.text.tool_calls import ContentText, ToolCallPart
 from nextn.text.tool_grammar import ToolGrammar
+
+from tests.text.conftest import byte_level
 
 PERSON = {
     "type": "object",
@@ -48,22 +51,30 @@ NOW = {"name": "now"}
 TOOLS = [{"type": "function", "function": function} for function in (FIND, NOW)]
 
 
-@pytest.fixture(scope="module")
-def vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
-    return LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.backend.token_to_id("<|endoftext|>")])
+BACKEND = byte_level()
+VOCABULARY = LLTokenizer(BACKEND.to_str(), eos_token=[BACKEND.token_to_id("<|endoftext|>")])
+
+
+def check(grammar: str) -> None:
+    compile_grammar(VOCABULARY, grammar)
+
+
+@pytest.fixture
+def vocabulary() -> LLTokenizer:
+    return VOCABULARY
 
 
 @pytest.fixture
 def takes(tokenizer: Tokenizer, vocabulary: LLTokenizer) -> Callable[[str, str], bool]:
     """Whether a grammar lets a text through, as a whole output."""
 
-    def check(grammar: str, text: str) -> bool:
+    def does_take(grammar: str, text: str) -> bool:
         matcher = LLMatcher(vocabulary, grammar)
         assert not matcher.is_error(), matcher.get_error()
         ids = tokenizer.encode(text, add_special_tokens=False)
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
-    return check
+    return does_take
 
 
 def random_output(grammar: str, tokenizer: Tokenizer, vocabulary: LLTokenizer, seed: int) -> str:
@@ -112,28 +123,28 @@ def calls_of(text: str, *, starts: str = "", tools: list[dict[str, Any]] = TOOLS
 def test_reasoning_stands_where_the_prompt_leaves_it(
     prompt: str, good: list[str], bad: list[str], tokenizer: Tokenizer, takes: Callable[[str, str], bool]
 ) -> None:
-    form = json_form({"type": "object"}, "schema")
-    grammar = whole_output("@answer", "", {"answer": form}, Tags(tokenizer), Reasoning.after(prompt))
+    form = json_form({"type": "object"}, "schema", check)
+    grammar = whole_output("@answer", "", {"answer": form}, Tags(tokenizer), Reasoning.after(prompt), check)
     assert [text for text in good if not takes(grammar, text)] == []
     assert [text for text in bad if takes(grammar, text)] == []
 
 
 def test_without_tags_in_the_vocabulary_there_is_no_reasoning_and_no_call(fallback_tokenizer: Tokenizer) -> None:
     tags = Tags(fallback_tokenizer)
-    grammar = whole_output("@answer", "", {"answer": regex_form("a", "regex")}, tags, Reasoning.OPTIONAL)
+    grammar = whole_output("@answer", "", {"answer": regex_form("a", "regex", check)}, tags, Reasoning.OPTIONAL, check)
     assert "think" not in grammar
     with pytest.raises(RequestError, match="has no token '<arg_key>'"):
-        ToolGrammar(dict(enumerate(TOOLS)), tags, enforce_all=True)
+        ToolGrammar(dict(enumerate(TOOLS)), tags, check, enforce_all=True)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_a_schema_lets_through_is_valid(seed: int, tokenizer: Tokenizer, vocabulary: LLTokenizer) -> None:
-    text = random_output(json_form(PERSON, "schema").as_grammar(), tokenizer, vocabulary, seed)
+    text = random_output(json_form(PERSON, "schema", check).as_grammar(), tokenizer, vocabulary, seed)
     assert jsonschema_rs.is_valid(PERSON, json.loads(text)), text
 
 
 def test_a_schema_lets_valid_json_through_and_no_other(takes: Callable[[str, str], bool]) -> None:
-    grammar = json_form(PERSON, "schema").as_grammar()
+    grammar = json_form(PERSON, "schema", check).as_grammar()
     assert takes(grammar, '{"name": "Ada", "age": 36}')
     assert takes(grammar, '{\n  "name": "日本",\n  "age": 0,\n  "tags": ["a", "b"]\n}')
     for bad in ('{"name": "Ada"}', '{"name": "Ada", "age": 131}', '{"name": "Ada", "age": 3, "x": 1}', "[]", ""):
@@ -142,7 +153,7 @@ def test_a_schema_lets_valid_json_through_and_no_other(takes: Callable[[str, str
 
 def test_space_in_json_is_bounded(takes: Callable[[str, str], bool]) -> None:
     """A model that does not know how to go on could else write nothing but space."""
-    grammar = json_form({"type": "object"}, "schema").as_grammar()
+    grammar = json_form({"type": "object"}, "schema", check).as_grammar()
     assert takes(grammar, "{\n" + 32 * " " + "}")
     assert not takes(grammar, "{\n" + 33 * " " + "}")
     assert not takes(grammar, "{\n\n}")
@@ -150,14 +161,14 @@ def test_space_in_json_is_bounded(takes: Callable[[str, str], bool]) -> None:
 
 @pytest.mark.parametrize("pattern", ["[0-9]{3}-[a-z]+", "a/b\\/c", "first\nsecond", "(?i)yes|no", "日本?"])
 def test_an_expression_matches_whole(pattern: str, tokenizer: Tokenizer, vocabulary: LLTokenizer) -> None:
-    grammar = regex_form(pattern, "regex").as_grammar()
+    grammar = regex_form(pattern, "regex", check).as_grammar()
     for seed in range(3):
         assert re.fullmatch(pattern, random_output(grammar, tokenizer, vocabulary, seed))
 
 
 @pytest.mark.parametrize("text", ['root ::= "a" item+\nitem ::= [0-9] | "x"', 'start: "a" ITEM+\nITEM: /[0-9]|x/'])
 def test_a_grammar_comes_in_either_notation(text: str, takes: Callable[[str, str], bool]) -> None:
-    grammar = ebnf_form(text, "ebnf").as_grammar()
+    grammar = ebnf_form(text, "ebnf", check).as_grammar()
     assert takes(grammar, "a1x2")
     assert not takes(grammar, "a")
     assert not takes(grammar, "1")
@@ -166,15 +177,15 @@ def test_a_grammar_comes_in_either_notation(text: str, takes: Callable[[str, str
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: json_form({"type": "strange"}, "field"),
-        lambda: json_form({"type": "array", "uniqueItems": True}, "field"),
-        lambda: json_form({"$ref": "#/$defs/none"}, "field"),
-        lambda: json_form(False, "field"),
-        lambda: json_form({"enum": ["x" * MAX_GRAMMAR_LEN]}, "field"),
-        lambda: regex_form("[a-", "field"),
-        lambda: ebnf_form('root ::= "a', "field"),
-        lambda: ebnf_form("start: unknown", "field"),
-        lambda: ebnf_form("", "field"),
+        lambda: json_form({"type": "strange"}, "field", check),
+        lambda: json_form({"type": "array", "uniqueItems": True}, "field", check),
+        lambda: json_form({"$ref": "#/$defs/none"}, "field", check),
+        lambda: json_form(False, "field", check),
+        lambda: json_form({"enum": ["x" * MAX_GRAMMAR_LEN]}, "field", check),
+        lambda: regex_form("[a-", "field", check),
+        lambda: ebnf_form('root ::= "a', "field", check),
+        lambda: ebnf_form("start: unknown", "field", check),
+        lambda: ebnf_form("", "field", check),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_by_its_field(make: Callable[[], object]) -> None:
@@ -195,8 +206,8 @@ def call(name: str, between: str = "\n", **arguments: str) -> str:
 
 
 def tool_output(body: str, tokenizer: Tokenizer, *, enforce_all: bool, tools: list[dict[str, Any]] = TOOLS) -> str:
-    grammar = ToolGrammar(dict(enumerate(tools)), Tags(tokenizer), enforce_all=enforce_all)
-    return whole_output(body, grammar.rules, grammar.parts, Tags(tokenizer), Reasoning.OPTIONAL)
+    grammar = ToolGrammar(dict(enumerate(tools)), Tags(tokenizer), check, enforce_all=enforce_all)
+    return whole_output(body, grammar.rules, grammar.parts, Tags(tokenizer), Reasoning.OPTIONAL, check)
 
 
 @pytest.mark.parametrize("between", ["\n", ""], ids=["glm45", "glm47"])
@@ -270,9 +281,9 @@ def test_whatever_calls_are_let_through_are_read_back_valid(
 
 
 def test_an_answer_may_be_json_or_calls(tokenizer: Tokenizer, takes: Callable[[str, str], bool]) -> None:
-    tools = ToolGrammar(dict(enumerate(TOOLS)), Tags(tokenizer), enforce_all=False)
-    parts = {**tools.parts, "answer": json_form(PERSON, "schema")}
-    grammar = whole_output("(@answer | calls)", tools.rules, parts, Tags(tokenizer), Reasoning.OPTIONAL)
+    tools = ToolGrammar(dict(enumerate(TOOLS)), Tags(tokenizer), check, enforce_all=False)
+    parts = {**tools.parts, "answer": json_form(PERSON, "schema", check)}
+    grammar = whole_output("(@answer | calls)", tools.rules, parts, Tags(tokenizer), Reasoning.OPTIONAL, check)
     for text in (
         '{"name": "Ada", "age": 36}',
         call("now"),
@@ -302,11 +313,90 @@ def test_a_schema_that_cannot_be_enforced_is_refused_if_strict_and_left_aside_if
 def test_the_parts_of_an_output_are_told_apart_as_the_grammar_has_them(
     tokenizer: Tokenizer, vocabulary: LLTokenizer
 ) -> None:
-    form = json_form(PERSON, "schema")
-    grammar = whole_output("@answer", "", {"answer": form}, Tags(tokenizer), Reasoning.BEGUN)
+    form = json_form(PERSON, "schema", check)
+    grammar = whole_output("@answer", "", {"answer": form}, Tags(tokenizer), Reasoning.BEGUN, check)
     for seed in range(4):
         text = random_output(grammar, tokenizer, vocabulary, seed)
         parts = MessageParser("<think>", separates_reasoning=True).push(text, finished=True)
         content = "".join(part.text for part in parts if isinstance(part, ContentText))
         assert jsonschema_rs.is_valid(PERSON, json.loads(content)), text
         assert all(isinstance(part, ReasoningText | ContentText) for part in parts)
+
+
+# What a reviewer of grammars would try.
+
+
+@pytest.mark.parametrize("text", ["<think>", "a</arg_value>b", "<tool_call>"])
+def test_text_that_spells_a_tag_is_spelled_out(text: str, tokenizer: Tokenizer, vocabulary: LLTokenizer) -> None:
+    """The tags' own tokens are not text, so that a mask which allowed only these would leave no way on."""
+    for form in (regex_form(re.escape(text), "regex", check), json_form({"const": text}, "schema", check)):
+        said = random_output(form.as_grammar(), tokenizer, vocabulary, 0)
+        assert text in said
+    options = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"enum": [text]}}}}}]
+    said = random_output(tool_output("one_call", tokenizer, enforce_all=True, tools=options), tokenizer, vocabulary, 0)
+    assert said.endswith("</tool_call>")
+
+
+def test_references_in_arguments_point_into_the_tools_schema(
+    tokenizer: Tokenizer, takes: Callable[[str, str], bool]
+) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {
+            "v": {"type": "integer"},
+            "c": {"type": "array", "items": {"$ref": "#"}},
+            "w": {"$ref": "#/properties/v"},
+            "a/b~c": {"type": "array", "items": {"$ref": "#/$defs/d"}},
+        },
+        "required": ["v", "c"],
+        "additionalProperties": False,
+        "$defs": {"d": {"enum": [7]}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}]
+    grammar = tool_output("one_call", tokenizer, enforce_all=True, tools=tools)
+    assert takes(grammar, call("f", v="1", c='[{"v": 2, "c": []}]', w="3"))
+    assert takes(grammar, call("f", v="1", c="[]", **{"a/b~c": "[7]"}))
+    assert not takes(grammar, call("f", v="1", c="[[[]]]"))
+    assert not takes(grammar, call("f", v="1", c="[]", w="[]"))
+    assert not takes(grammar, call("f", v="1", c="[]", **{"a/b~c": "[8]"}))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "#/$defs/P", "$defs": {"P": {"type": "object", "properties": {"a": {"type": "integer"}}}}},
+        {"allOf": [{"properties": {"a": {"type": "integer"}}}]},
+        {"properties": {"a": {}}, "oneOf": [{"required": ["a"]}]},
+        {"properties": {}, "minProperties": 1},
+        {"properties": {"a": {"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "null"}]}}},
+        {"properties": {"a": {"type": ["string", "null"], "enum": ["a", None]}}},
+        {"properties": {"a": {"type": "string", "pattern": "^[0-9]{3}$"}}},
+        {"properties": {"a": False}},
+        {"properties": {"a": {"enum": []}}},
+        {"properties": {"a": {"type": "float"}}},
+        {"properties": {"a": {"$ref": "http://x/y"}}},
+        {"properties": {"a": {}}, "required": {"a": True}},
+        {"properties": {" a": {}}},
+        {"properties": {"a</arg_key>": {}}},
+        {"properties": {"a": {"enum": ["x</arg_value>"]}}},
+    ],
+)
+def test_a_strict_tool_is_held_to_all_of_its_schema_or_refused(parameters: Any, tokenizer: Tokenizer) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}]
+    with pytest.raises(RequestError) as error:
+        tool_output("one_call", tokenizer, enforce_all=True, tools=tools)
+    assert (error.value.param or "").startswith("tools[0].function.parameters")
+    tools[0]["function"]["strict"] = False  # type: ignore[index]
+    check(tool_output("one_call", tokenizer, enforce_all=True, tools=tools))
+
+
+def test_optional_text_is_free(tokenizer: Tokenizer, takes: Callable[[str, str], bool]) -> None:
+    properties = {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "b": {"type": ["string", "integer"]}, "c": {}}
+    function = {"name": "f", "strict": True, "parameters": {"properties": properties}}
+    grammar = tool_output("one_call", tokenizer, enforce_all=True, tools=[{"type": "function", "function": function}])
+    assert takes(grammar, call("f", a="null", b="any text", c="[1"))
+
+
+def test_the_librarys_own_options_are_not_for_clients() -> None:
+    with pytest.raises(RequestError, match="x-guidance"):
+        json_form({"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}, "field", check)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +23,7 @@ from nextn.protocol.draft_health import DraftHealth, ShadowCounts
 from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput, SpecStep
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.scheduler import Scheduler, SchedulerConfig
+from nextn.scheduler.sequence import Sequence
 from nextn.speculative.monitor import AcceptanceMonitor
 from nextn.speculative.policy import DraftLengthPolicy
 from nextn.speculative.shadow import ShadowCheck
@@ -147,6 +147,10 @@ class Engine:
             self._grammars.start(seq, matcher)
         return None
 
+    def check_grammar(self, grammar: str) -> None:
+        """Raises RequestError where outputs cannot be held to it."""
+        self._grammars.compile(grammar)
+
     def abort(self, rid: str | None) -> list[RequestOutput]:
         """End one request, or all with None. Its pages are free when this returns. Returns the terminal outputs."""
         rids = [seq.request.rid for seq in self.scheduler.sequences] if rid is None else [rid]
@@ -158,11 +162,13 @@ class Engine:
         """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
         if self._shadow is not None:
             self._shadow.make_way(self.scheduler.num_pages_wanted)
-        steps = self._stepper.step()
-        outputs = []
+        steps, failed = self._stepper.step(), self._grammars.take_failed()
+        outputs = [self._give_up(seq, reason) for seq, reason in failed.items()]
         for extend, decision, kept, is_first in steps:
+            if extend.seq in failed:
+                continue
             self._counters.count(extend, decision, kept, is_first=is_first)
-            if extend.num_drafts:
+            if extend.num_drafts and extend.seq.request.grammar is None:
                 self._monitor.count(extend, decision)
             if kept:
                 step = SpecStep(extend.num_drafts, min(decision.num_accepted, len(kept)), len(kept))
@@ -172,15 +178,15 @@ class Engine:
         if any(one.extend.num_drafts for one in steps):
             self._monitor.end_step()
         self._counters.num_steps += bool(steps)
-        return outputs + self._give_up()
+        return outputs
 
-    def _give_up(self) -> list[RequestOutput]:
-        """End the sequences whose grammar cannot be followed any further."""
-        failed = [(seq, reason) for seq, reason in self._grammars.take_failed() if seq.finish_reason is None]
-        for seq, reason in failed:
-            logger.warning("request %s: its grammar failed: %s", seq.request.rid, reason)
-        self._counters.num_aborted += len(failed)
-        return [failure(seq, f"grammar: {reason}") for seq, reason in failed if self.scheduler.abort(seq.request.rid)]
+    def _give_up(self, seq: Sequence, reason: str) -> RequestOutput:
+        """End a request whose grammar cannot be followed any further; what its last step said is not passed on."""
+        logger.warning("request %s: its grammar failed: %s", seq.request.rid, reason)
+        if seq.finish_reason is None:
+            self.scheduler.abort(seq.request.rid)
+        self._counters.num_aborted += 1
+        return failure(seq, f"the answer's grammar: {reason}")
 
     def still_here(self) -> None:
         """Tell the other ranks, if there are any, that nothing is wrong although nothing happens."""
@@ -255,7 +261,7 @@ class Engine:
         }
 
 
-def _possible(eos_token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+def _possible(eos_token_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     """Those of the vocabulary: no other can be decided, nor be masked while a request has to go on."""
     outside = [token for token in eos_token_ids if token >= vocab_size]
     if outside:

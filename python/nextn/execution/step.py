@@ -227,7 +227,7 @@ class Stepper:
             seq = extend.seq
             is_first = seq.num_output == 0
             kept = self.scheduler.commit(extend, decision)
-            if policy is not None and extend.num_drafts:
+            if policy is not None and extend.num_drafts and not _has_grammar(seq):
                 # Drafts beyond the end of a request were accepted for nothing.
                 policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
             if self._runner is not None and seq.status is Status.RUNNING:

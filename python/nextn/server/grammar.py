@@ -27,8 +27,8 @@ async def own_grammar(services: Services, fields: SamplingFields, prefix: str = 
     """
     if all(getattr(fields, name) is None for name in OWN_FIELDS):
         return None
-    form = await asyncio.to_thread(_form, fields, prefix)
-    _check(services, fields, form is not None, prefix)
+    _check(services, fields, prefix)
+    form = await asyncio.to_thread(_form, services, fields, prefix)
     return None if form is None else form.as_grammar()
 
 
@@ -41,7 +41,7 @@ async def chat_grammar(
     prompt: the rendered prompt, whose end tells where reasoning may stand
     Raises ApiError 400 or RequestError, naming the field.
     """
-    if asked.response_format is None and not tools and all(getattr(asked, name) is None for name in OWN_FIELDS):
+    if not tools and not _asks_for_form(asked):
         _forced(asked, {})
         return None
     return await asyncio.to_thread(_chat_grammar, services, asked, tools, prompt)
@@ -50,31 +50,38 @@ async def chat_grammar(
 def _chat_grammar(
     services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str
 ) -> str | None:
-    form = _response_form(asked)
     offered = dict(enumerate(tools or ()))
     forced = _forced(asked, offered)
     is_strict = any(tool["function"].get("strict") for tool in offered.values())
-    _check(services, asked, form is not None or bool(forced) or is_strict, "")
-    if form is None and not forced and not is_strict:
+    if not forced and not is_strict and not _asks_for_form(asked):
         return None
+    _check(services, asked, "")
+    form = _response_form(services, asked)
+    if forced and form is not None:
+        message = "'tool_choice' asks for a call, and something else for another form of the answer; send one of them."
+        raise invalid(message, "tool_choice", "invalid_value")
     tags = Tags(services.require_tokenizer())
     reasoning = Reasoning.after(prompt) if separates_reasoning(services, asked) else Reasoning.NONE
-    calls = ToolGrammar(forced or offered, tags, enforce_all=bool(forced)) if offered else None
+    check = services.check_grammar
+    calls = ToolGrammar(forced or offered, tags, check, enforce_all=bool(forced)) if offered else None
     parts = {} if calls is None else calls.parts
     rules = "" if calls is None else calls.rules
     if forced:
         is_one = isinstance(asked.tool_choice, NamedTool) or asked.parallel_tool_calls is False
-        return whole_output("one_call" if is_one else "calls", rules, parts, tags, reasoning)
+        return whole_output("one_call" if is_one else "calls", rules, parts, tags, reasoning, check)
     if form is None:  # reasoning is a part of the text
-        return whole_output("text_and_calls", rules, parts, tags, Reasoning.NONE)
+        return whole_output("text_and_calls", rules, parts, tags, Reasoning.NONE, check)
     body = "@answer" if calls is None else "(@answer | calls)"
-    return whole_output(body, rules, {**parts, "answer": form}, tags, reasoning)
+    return whole_output(body, rules, {**parts, "answer": form}, tags, reasoning, check)
 
 
-def _check(services: Services, fields: SamplingFields, is_asked: bool, prefix: str) -> None:
+def _asks_for_form(asked: ChatRequest) -> bool:
+    is_given = asked.response_format is not None and asked.response_format.type != "text"
+    return is_given or any(getattr(asked, name) is not None for name in OWN_FIELDS)
+
+
+def _check(services: Services, fields: SamplingFields, prefix: str) -> None:
     """Refuse what cannot go with a grammar."""
-    if not is_asked:
-        return
     if not services.args.serves_grammars:
         message = "This server was started without what holds answers to a schema or a grammar (--grammar-backend)."
         raise unsupported(message, prefix.rstrip(".") or "response_format")
@@ -83,29 +90,31 @@ def _check(services: Services, fields: SamplingFields, is_asked: bool, prefix: s
         raise invalid(message, f"{prefix}ignore_eos", "invalid_value")
 
 
-def _response_form(asked: ChatRequest) -> Form | None:
-    own, form = _form(asked, ""), asked.response_format
+def _response_form(services: Services, asked: ChatRequest) -> Form | None:
+    own, form = _form(services, asked, ""), asked.response_format
     if form is None or form.type == "text":
         return own
     if own is not None:
         raise invalid("'response_format' and a grammar contradict each other; send one of them.", "response_format")
     if form.json_schema is None:
-        return json_form(ANY_OBJECT, "response_format")
+        return json_form(ANY_OBJECT, "response_format", services.check_grammar)
     check_depth(form.json_schema.schema, "response_format.json_schema.schema")
     schema = form.json_schema.schema
-    return json_form(ANY_OBJECT if schema is None else schema, "response_format.json_schema.schema")
+    param = "response_format.json_schema.schema"
+    return json_form(ANY_OBJECT if schema is None else schema, param, services.check_grammar)
 
 
-def _form(fields: SamplingFields, prefix: str) -> Form | None:
+def _form(services: Services, fields: SamplingFields, prefix: str) -> Form | None:
     names = [name for name in OWN_FIELDS if getattr(fields, name) is not None]
     if len(names) > 1:
         message = f"'{prefix}{names[0]}' and '{prefix}{names[1]}' contradict each other; send one of them."
         raise invalid(message, f"{prefix}{names[0]}", "invalid_value")
     if fields.json_schema is not None:
-        return json_form(_schema(fields.json_schema, f"{prefix}json_schema"), f"{prefix}json_schema")
+        param = f"{prefix}json_schema"
+        return json_form(_schema(fields.json_schema, param), param, services.check_grammar)
     if fields.regex is not None:
-        return regex_form(fields.regex, f"{prefix}regex")
-    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf")
+        return regex_form(fields.regex, f"{prefix}regex", services.check_grammar)
+    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf", services.check_grammar)
 
 
 def _schema(given: str | dict[str, Any] | bool, param: str) -> dict[str, Any] | bool:

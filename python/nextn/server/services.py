@@ -11,6 +11,7 @@ from nextn.server.engine_client import EngineClient
 from nextn.server.errors import ApiError, model_not_found
 from nextn.server.metrics import Metrics
 from nextn.server.sampling import SamplingDefaults
+from nextn.text.grammar_compiler import GrammarProver
 from nextn.text.tokenizer import Tokenizer
 
 
@@ -19,6 +20,7 @@ class Services:
     """The server's parts and its configuration.
 
     tokenizer: None under --skip-tokenizer-init: token ids in and out only
+    prover: tries grammars before the engine gets them
     defaults: sampling parameters for requests that do not say
     """
 
@@ -28,6 +30,7 @@ class Services:
     engine: EngineClient
     metrics: Metrics
     tokenizer: Tokenizer | None
+    prover: GrammarProver
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
@@ -41,6 +44,11 @@ class Services:
                 code="no_tokenizer",
             )
         return self.tokenizer
+
+    def check_grammar(self, grammar: str) -> None:
+        """Raises RequestError where the engine could not hold an output to it."""
+        ready = self.engine.require_ready()
+        self.prover.check(grammar, ready.vocab_size, ready.eos_token_ids)
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served; a request may leave the name out."""

@@ -18,6 +18,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from nextn.errors import RequestError
 from nextn.scheduler.sequence import Sequence
 from nextn.speculative.logits import Row
+from nextn.text.grammar_compiler import compile_grammar, read_vocabulary, short_error
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,7 @@ class Grammars:
         if not path.is_file() or not eos_token_ids:
             return cls(None, vocab_size)
         try:
-            text = path.read_text(encoding="utf-8")
-            return cls(LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids)), vocab_size)
+            return cls(read_vocabulary(folder, vocab_size, eos_token_ids), vocab_size)
         except (OSError, ValueError) as error:
             logger.warning("%s: answers cannot be held to a schema or a grammar: %s", path, error)
             return cls(None, vocab_size)
@@ -61,10 +61,10 @@ class Grammars:
     def _compile(self, grammar: str) -> LLMatcher:
         if self._tokenizer is None:
             raise RequestError("grammars are not served: this engine has no tokenizer, or no token ends an output")
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"grammar: {matcher.get_error().strip()}; correct it or leave it out")
-        return matcher
+        try:
+            return compile_grammar(self._tokenizer, grammar)
+        except RequestError as error:
+            raise RequestError(f"grammar: {error}; correct it or leave it out") from None
 
     def start(self, seq: Sequence, matcher: LLMatcher) -> None:
         """A sequence whose output ``matcher`` follows from here on."""
@@ -85,9 +85,9 @@ class Grammars:
                 del self._matchers[row.seq]
         return words
 
-    def take_failed(self) -> list[tuple[Sequence, str]]:
-        """The sequences that their grammar has left in the lurch since the last call, and why."""
-        failed, self._failed = self._failed, []
+    def take_failed(self) -> dict[Sequence, str]:
+        """The sequences whose grammar has failed since the last call, and why. What they said since is not held."""
+        failed, self._failed = dict(self._failed), []
         return failed
 
 
@@ -103,11 +103,11 @@ class _Matcher:
         new = row.seq.tokens[row.seq.num_prompt + self._num_taken :]
         num_new = self._matcher.try_consume_tokens(new) if new else 0
         if num_new < len(new):
-            return self._matcher.get_error() or "the output has left it"
+            return short_error(self._matcher) or "the output has left it"
         self._num_taken += num_new
         num_tried = self._matcher.try_consume_tokens(row.drafts) if row.drafts else 0
         if num_tried == len(row.drafts):
             fill_next_token_bitmask(self._matcher, words, i)
         if num_tried:
             self._matcher.rollback(num_tried)
-        return self._matcher.get_error()
+        return short_error(self._matcher)

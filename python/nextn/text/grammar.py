@@ -7,12 +7,12 @@ come before it, and tool calls in its place.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from llguidance import LLMatcher, regex_to_lark
+from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from nextn.errors import RequestError
@@ -25,11 +25,21 @@ MAX_GRAMMAR_LEN = 131072
 MAX_OUTPUT_GRAMMAR_LEN = 262144
 """Characters of all that a chat request asks of its answer."""
 
+OPTIONS = "x-guidance"
+"""Where llguidance looks in a schema for what is asked of it beside."""
+
 WHITESPACE = r"[ \t]{1,2}|\n[ \t]{0,32}"
 """Between the parts of JSON. Where there may be more, a model that does not know how to go on writes nothing else."""
 
 LAYOUT = "NL: /\\n{0,2}/\nTEXT: /(.|\\n)+/\n"
 """Newlines between the parts of an output; and text, which no tag's token is a part of."""
+
+
+Check = Callable[[str], object]
+"""Compiles a grammar; raises RequestError where it is wrong, or too much."""
+
+HEAD = '%llguidance {"no_forcing": true}\n'
+"""What a grammar forces is spelled in any way: of the tags' tokens, which it would prefer, no text is made."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Form:
 
     def as_grammar(self) -> str:
         """The grammar of an output that is nothing but this."""
-        return json.dumps({"grammars": [dict(self.definition)]}, ensure_ascii=False)
+        whole = {"lark_grammar": f"{HEAD}start: @answer"}
+        return json.dumps({"grammars": [whole, {"name": "answer", **self.definition}]}, ensure_ascii=False)
 
 
 class Reasoning(Enum):
@@ -58,38 +69,51 @@ class Reasoning(Enum):
         return cls.NONE if prompt.rstrip().endswith(THINK_CLOSE) else cls.OPTIONAL
 
 
-def json_form(schema: Mapping[str, Any] | bool, param: str) -> Form:
+def json_form(schema: Mapping[str, Any] | bool, param: str, check: Check) -> Form:
     """JSON of a schema.
 
     param: the field that it comes from
     Raises RequestError where the schema is wrong, or uses a keyword that cannot be enforced.
     """
+    if not isinstance(schema, Mapping | bool):
+        raise RequestError(f"{param}: found {schema!r:.100}, expected a JSON schema, an object", param, "invalid_value")
     plain = schema if isinstance(schema, Mapping) else {} if schema else {"enum": []}
-    form = Form({"json_schema": {"x-guidance": {"whitespace_pattern": WHITESPACE}, **plain}})
-    return _checked(form, json.dumps(schema), param)
+    if OPTIONS in plain:
+        raise RequestError(f"{param}: {OPTIONS!r} is not for clients to set; leave it out", param, "invalid_value")
+    try:
+        given = json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{param}: {error}", param, "invalid_value") from None
+    form = Form({"json_schema": {OPTIONS: {"whitespace_pattern": WHITESPACE}, **plain}})
+    return _checked(form, given, param, check)
 
 
-def regex_form(pattern: str, param: str) -> Form:
+def regex_form(pattern: str, param: str, check: Check) -> Form:
     """Text that a regular expression matches whole. Raises RequestError where it is none."""
-    return _checked(Form({"lark_grammar": f"start: /{regex_to_lark(pattern)}/"}), pattern, param)
+    try:
+        lark = regex_to_lark(pattern)
+    except ValueError as error:  # half a surrogate pair
+        raise RequestError(f"{param}: {error}", param, "invalid_value") from None
+    return _checked(Form({"lark_grammar": f"{HEAD}start: /{lark}/"}), pattern, param, check)
 
 
-def ebnf_form(text: str, param: str) -> Form:
+def ebnf_form(text: str, param: str, check: Check) -> Form:
     """Text of a context-free grammar, written as for llama.cpp (GBNF) or Lark. Raises RequestError where it is none."""
     try:
         lark = any_to_lark(text)
     except Exception as error:  # whatever its parser stumbles over
         raise RequestError(f"{param}: {error}", param, "invalid_value") from None
-    return _checked(Form({"lark_grammar": lark}), text, param)
+    return _checked(Form({"lark_grammar": lark}), text, param, check)
 
 
-def _checked(form: Form, given: str, param: str) -> Form:
+def _checked(form: Form, given: str, param: str, check: Check) -> Form:
     if len(given) > MAX_GRAMMAR_LEN:
         message = f"{param}: found {len(given)} characters, expected at most {MAX_GRAMMAR_LEN}"
         raise RequestError(message, param, "invalid_value")
-    is_wrong, notes = LLMatcher.validate_grammar_with_warnings(form.as_grammar())
-    if is_wrong:
-        raise RequestError(f"{param}: {notes[0].strip()}; correct it or leave it out", param, "invalid_value")
+    try:
+        check(form.as_grammar())
+    except RequestError as error:
+        raise RequestError(f"{param}: {error}; correct it or leave it out", param, "invalid_value") from None
     return form
 
 
@@ -110,7 +134,9 @@ class Tags:
         return f"<[{token_id}]>"
 
 
-def whole_output(body: str, rules: str, parts: Mapping[str, Form], tags: Tags, reasoning: Reasoning) -> str:
+def whole_output(
+    body: str, rules: str, parts: Mapping[str, Form], tags: Tags, reasoning: Reasoning, check: Check
+) -> str:
     """The grammar of an output: reasoning, as far as it may be there, then ``body``.
 
     body: a Lark expression of the names in ``rules`` and, behind @, in ``parts``
@@ -120,10 +146,14 @@ def whole_output(body: str, rules: str, parts: Mapping[str, Form], tags: Tags, r
     if reasoning is not Reasoning.NONE and THINK_OPEN in tags and THINK_CLOSE in tags:
         inside = f"TEXT? {tags[THINK_CLOSE]}"
         before = f"{inside} " if reasoning is Reasoning.BEGUN else f"(NL {tags[THINK_OPEN]} {inside})? "
-    lark = f"start: {before}NL {body}\n{rules}{LAYOUT}"
+    lark = f"{HEAD}start: {before}NL {body}\n{rules}{LAYOUT}"
     named = [{"name": name, **form.definition} for name, form in parts.items()]
     grammar = json.dumps({"grammars": [{"lark_grammar": lark}, *named]}, ensure_ascii=False)
     if len(grammar) > MAX_OUTPUT_GRAMMAR_LEN:
         message = f"tools: their schemas make a grammar of {len(grammar)} characters, expected at most "
         raise RequestError(f"{message}{MAX_OUTPUT_GRAMMAR_LEN}; offer fewer, or none that is strict", "tools")
+    try:
+        check(grammar)
+    except RequestError as error:
+        raise RequestError(f"tools: the grammar of the answer: {error}; ask for less", "tools") from None
     return grammar

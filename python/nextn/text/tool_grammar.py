@@ -1,8 +1,8 @@
 """The grammar of GLM's tool calls (see tool_calls.py), which holds a call to the tools of a request and their schemas.
 
 Arguments come in the order of the schema's properties; those that are not required may be left out. A value is text
-where the schema says string, so that of a string's keywords only ``enum`` and ``const`` are enforced; any other value
-is JSON of its schema. Where a schema allows both, or says nothing, the value is free.
+where the schema says string, so that of a string's keywords only ``enum`` and ``const`` can be enforced; any other
+value is JSON of its schema. Where a schema allows both, or says nothing, the value is free.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nextn.errors import RequestError
-from nextn.text.grammar import Form, Tags, json_form
+from nextn.text.grammar import Check, Form, Tags, json_form
 from nextn.text.reasoning import THINK_CLOSE, THINK_OPEN
 from nextn.text.tool_calls import CALL_CLOSE, CALL_OPEN, KEY_CLOSE, KEY_OPEN, VALUE_CLOSE, VALUE_OPEN
-from nextn.text.tool_schema import ToolSchemas
+from nextn.text.tool_schema import JSON_TYPES, ToolSchemas
 
 _VALUE = "VALUE: /(.|\\n)+/ & ~/(.|\\n)*<\\/arg_value>(.|\\n)*/"
 """A value is not to spell its closing tag out, letter by letter."""
@@ -32,8 +32,9 @@ class ToolGrammar:
     Raises RequestError where the schema of a strict tool cannot be enforced.
     """
 
-    def __init__(self, tools: Mapping[int, Mapping[str, Any]], tags: Tags, *, enforce_all: bool) -> None:
+    def __init__(self, tools: Mapping[int, Mapping[str, Any]], tags: Tags, check: Check, *, enforce_all: bool) -> None:
         self.parts: dict[str, Form] = {}
+        self._check = check
         self._schemas = ToolSchemas(list(tools.values()))
         key_open, key_close, value_open, value_close = (
             tags[tag] for tag in (KEY_OPEN, KEY_CLOSE, VALUE_OPEN, VALUE_CLOSE)
@@ -50,6 +51,8 @@ class ToolGrammar:
         ]
         for i, tool in tools.items():
             function = tool["function"]
+            if function.get("strict"):
+                _check_arguments(function.get("parameters") or {}, f"tools[{i}].function.parameters")
             arguments = "any_argument*"
             if function.get("strict") or (enforce_all and _lists_arguments(function)):
                 arguments = " ".join(
@@ -70,18 +73,65 @@ class ToolGrammar:
         ]
 
     def _value(self, part: str, function: Mapping[str, Any], key: str, schema: Any, param: str) -> str:
-        value_type = self._schemas.type_of(function["name"], key)
-        if value_type.is_text and (options := self._schemas.strings_of(function["name"], key)):
+        value_type, at = self._schemas.type_of(function["name"], key), f"{param}.properties.{key}"
+        options = self._schemas.strings_of(function["name"], key) if value_type.is_text else None
+        if options and not any(VALUE_CLOSE in option for option in options):
             return f"({' | '.join(map(_quoted, options))})"
         if value_type.types is None or "string" in value_type.types:
+            if function.get("strict") and not _is_any_text(schema):
+                message = (
+                    f"{at}: of a string nothing but 'enum' and 'const' can be enforced; leave the rest out, or strict"
+                )
+                raise RequestError(message, at, "invalid_value")
             return "VALUE?"
         try:
-            self.parts[part] = json_form(schema, f"{param}.properties.{key}")
+            self.parts[part] = json_form(schema, at, self._check)
         except RequestError:
             if function.get("strict"):
                 raise
             return "VALUE?"
         return f"@{part}"
+
+
+_NOTES = {"title", "description", "default", "examples", "$comment", "$schema", "$id", "deprecated"}
+"""Keywords that ask for nothing."""
+
+_OF_ARGUMENTS = _NOTES | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+
+
+def _check_arguments(parameters: Mapping[str, Any], at: str) -> None:
+    """Refuse what calls cannot be held to. Raises RequestError."""
+    required = parameters.get("required", [])
+    properties = parameters.get("properties", {})
+    wrong = sorted(set(parameters) - _OF_ARGUMENTS)
+    if wrong:
+        raise RequestError(f"{at}.{wrong[0]}: cannot be enforced; leave it out, or strict", at, "invalid_value")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise RequestError(f"{at}.required: found {required!r:.100}, expected a list of names", at, "invalid_value")
+    for key in (*properties, *required):
+        if KEY_CLOSE in key or key != key.strip():
+            raise RequestError(
+                f"{at}: a call cannot name the argument {key!r:.100}; call it another", at, "invalid_value"
+            )
+
+
+def _is_any_text(schema: Any) -> bool:
+    """Whether text of any kind is valid: alone, or beside other types that ask for nothing further."""
+    if not isinstance(schema, Mapping):
+        return schema is True
+    asked = set(schema) - _NOTES
+    if asked == {"anyOf"} and isinstance(schema["anyOf"], list):
+        return any(map(_is_any_text, schema["anyOf"])) and all(map(_is_plain, schema["anyOf"]))
+    return _is_plain(schema)
+
+
+def _is_plain(schema: Any) -> bool:
+    """Whether a schema says a type at most."""
+    if not isinstance(schema, Mapping):
+        return schema is True
+    types = schema.get("type", [])
+    names = [types] if isinstance(types, str) else types if isinstance(types, list) else [None]
+    return set(schema) - _NOTES <= {"type"} and all(name in JSON_TYPES for name in names)
 
 
 def _lists_arguments(function: Mapping[str, Any]) -> bool:

@@ -19,6 +19,8 @@ MAX_LITERAL_LEN = 65536
 MAX_SUBSCHEMAS = 200
 """Schemas looked at for one argument: references can multiply without end. Beyond, the type is not known."""
 
+JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
+
 Schema = Any
 """A JSON schema: a mapping or a boolean; anything else says nothing."""
 
@@ -69,7 +71,7 @@ class ToolSchemas:
     def arguments_of(self, tool: str) -> list[tuple[str, Schema, bool]]:
         """Name, schema and whether it is required, of each argument that the tool's schema lists, in its order.
 
-        The schema stands alone: with what references in it point to.
+        The schema stands alone: one with references has a copy of the root, into which they point.
         """
         root = self._parameters.get(tool)
         if not isinstance(root, Mapping):
@@ -77,13 +79,14 @@ class ToolSchemas:
         given, listed = root.get("properties"), root.get("required")
         properties = given if isinstance(given, Mapping) else {}
         required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
         names = [*properties, *(name for name in dict.fromkeys(required) if name not in properties)]
         found = []
         for name in names:
             schema = properties.get(name, True)
-            refers = isinstance(schema, Mapping) and '"$ref"' in json.dumps(schema)
-            found.append((name, {**shared, **schema} if refers else schema, name in required))
+            if isinstance(schema, Mapping) and '"$ref"' in json.dumps(schema):
+                place = name.replace("~", "~0").replace("/", "~1")
+                schema = {"$ref": f"#/$defs/root/properties/{place}", "$defs": {"root": _moved(root)}}
+            found.append((name, schema, name in required))
         return found
 
     def strings_of(self, tool: str, argument: str) -> list[str] | None:
@@ -91,9 +94,6 @@ class ToolSchemas:
         root = self._parameters.get(tool)
         reader = _Reader(root)
         return reader.strings_of(reader.property_of(root, argument))
-
-
-_ALL = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 
 
 class _Reader:
@@ -143,7 +143,7 @@ class _Reader:
         narrowing = [limit for limit in limits if limit is not None]
         if not narrowing:
             return None
-        types = _ALL.intersection(*narrowing) or narrowing[0]
+        types = JSON_TYPES.intersection(*narrowing) or narrowing[0]
         return types | {"null"} if schema.get("nullable") is True else types
 
     def strings_of(self, schema: Schema) -> list[str] | None:
@@ -159,11 +159,23 @@ class _Reader:
         return None
 
 
+def _moved(schema: Schema) -> Schema:
+    """A root that stands at #/$defs/root, its references still pointing into it."""
+    if isinstance(schema, Mapping):
+        return {
+            key: f"#/$defs/root{value[1:]}"
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else _moved(value)
+            for key, value in schema.items()
+        }
+    return [_moved(item) for item in schema] if isinstance(schema, list) else schema
+
+
 def _declared(schema: Mapping[str, Any]) -> frozenset[str] | None:
     """The types that one schema object names by ``type``, or by the values of ``enum`` or ``const``."""
     declared = schema.get("type")
     names = [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else []
-    types = {name for name in names if isinstance(name, str) and name in _ALL}
+    types = {name for name in names if isinstance(name, str) and name in JSON_TYPES}
     if "number" in types:
         types.add("integer")
     values = schema.get("enum") if isinstance(schema.get("enum"), list) else None

@@ -1,0 +1,76 @@
+"""Grammars that would take a process down, or never end, are refused, and the next one is served."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from nextn.demo import checkpoint_dir
+from nextn.errors import RequestError
+from nextn.text import grammar_compiler
+from nextn.text.grammar import ebnf_form, json_form, regex_form
+from nextn.text.grammar_compiler import GrammarProver
+
+EOS = [2528, 2535]
+
+
+@pytest.fixture(scope="module")
+def prover() -> GrammarProver:
+    return GrammarProver(checkpoint_dir())
+
+
+def _deep(num_rules: int) -> str:
+    return "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(num_rules)) + f'a{num_rules}: "x"\n'
+
+
+def _crossed(num_terms: int) -> str:
+    terms = (rf"/(.|\n)*{chr(97 + i)}.{{{10 + i}}}{chr(98 + i)}(.|\n)*/" for i in range(num_terms))
+    return "start: A\nA: " + " & ".join(terms)
+
+
+def test_what_crashes_or_hangs_the_compiler_is_refused_in_time(
+    prover: GrammarProver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(grammar: str) -> None:
+        prover.check(grammar, 2560, EOS)
+
+    check(regex_form("[ab]+", "regex", str).as_grammar())
+    monkeypatch.setattr(grammar_compiler, "SECONDS_TO_COMPILE", 1.0)
+    for hostile in (_deep(7000), _crossed(12)):
+        started = time.monotonic()
+        with pytest.raises(RequestError, match=r"^ebnf: it takes more than 1 s, or more memory"):
+            ebnf_form(hostile, "ebnf", check)
+        assert time.monotonic() - started < 10
+        json_form({"type": "object"}, "schema", check)
+    with pytest.raises(RequestError):
+        json_form({"type": "integer", "multipleOf": 999983}, "schema", check)
+
+
+@pytest.mark.parametrize("nothing", ["root ::= root", "start: s\ns: s"])
+def test_what_allows_nothing_is_refused(prover: GrammarProver, nothing: str) -> None:
+    with pytest.raises(RequestError):
+        ebnf_form(nothing, "ebnf", lambda grammar: prover.check(grammar, 2560, EOS))
+
+
+def test_threads_share_the_process(prover: GrammarProver) -> None:
+    failed: list[str] = []
+
+    def ask(i: int) -> None:
+        try:
+            prover.check(regex_form(f"[ab]{{{i}}}", "regex", str).as_grammar(), 2560, EOS)
+        except RequestError as error:
+            failed.append(str(error))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_a_vocabulary_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="vocabulary"):
+        GrammarProver(tmp_path).check("start: /a/", 2560, EOS)
