@@ -18,7 +18,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "pa
 
 def run(script: str, *flags: str) -> str:
     command = [sys.executable, "-m", f"benchmarks.{script}", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240).stdout
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=900).stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -72,7 +72,7 @@ def test_the_embedded_model_is_healthy(num_draft_steps: int | None) -> None:
     assert canary.verdict == "healthy", canary.message
     assert canary.acceptance is not None
     assert canary.acceptance.rates[0] > 0.8
-    assert canary.seconds < 1
+    assert canary.seconds < 10, "a start is hardly longer for it"
 
 
 def test_the_canary_leaves_no_trace() -> None:
