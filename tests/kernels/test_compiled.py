@@ -1,4 +1,7 @@
-"""The compiled CPU kernels against float64, against their torch references, and in every batch the same to the bit."""
+"""The compiled CPU kernels against float64, against their torch references, and in every batch the same to the bit.
+
+All of it for every instruction set that this processor has.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,14 @@ RELATIVE = 2e-6
 
 KINDS = ["float32", "bfloat16", "fp8"]
 NAN = float("nan")
+
+
+@pytest.fixture(params=["avx512", "avx2", "any"], autouse=True)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.cpu is not None
+    if request.param not in native.cpu.instruction_sets:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(native, "cpu", native.cpu.instruction_sets[request.param])
 
 
 def random_weight(kind: str, rows: int, columns: int, seed: int, *, bias: bool = False) -> PackedWeight:
@@ -50,6 +61,13 @@ def with_torch(monkeypatch: pytest.MonkeyPatch, run: Callable[[], torch.Tensor])
     with monkeypatch.context() as patched:
         patched.setattr(native, "cpu", None)
         return run()
+
+
+def test_the_widest_instruction_set_is_taken() -> None:
+    from nextn.kernels import _cpu
+
+    as_torch_finds = {"AVX512": ["avx512", "avx2", "any"], "AVX2": ["avx2", "any"]}
+    assert list(_cpu.instruction_sets) == as_torch_finds.get(torch.backends.cpu.get_cpu_capability(), ["any"])
 
 
 def test_every_fp8_code_is_read_as_torch_reads_it() -> None:

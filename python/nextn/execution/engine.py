@@ -109,11 +109,14 @@ class Engine:
             num_drafts if policy is None else f"0 … {MAX_NUM_DRAFT_STEPS}",
             self.load_seconds,
         )
-        if native.cpu is None and shard.kv_cache.k.is_cpu:
-            logger.warning(
-                "the compiled CPU kernels are missing, and torch computes in their place, more slowly; install a C "
-                "compiler, then nextn again"
-            )
+        if shard.kv_cache.k.is_cpu:
+            if native.cpu is None:
+                logger.warning(
+                    "the compiled CPU kernels are missing, and torch computes in their place, more slowly; install a C "
+                    "compiler, then nextn again"
+                )
+            else:
+                logger.info("CPU kernels: compiled, for %s", next(iter(native.cpu.instruction_sets)))
 
     @property
     def has_work(self) -> bool:

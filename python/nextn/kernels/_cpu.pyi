@@ -1,4 +1,9 @@
-"""Addresses are ints (0 for none); sizes are ints; see cpu_kernels.c."""
+"""Addresses are ints (0 for none); sizes are ints; see cpu/kernels.inc."""
+
+from types import ModuleType
+
+instruction_sets: dict[str, ModuleType]
+"""This module for every instruction set that the processor has, the widest first, which is the module's own."""
 
 def linear(weight: int, x: int, num_rows: int, residual: int, out: int, /) -> None: ...
 def rms_norm(x: int, weight: int, num_rows: int, size: int, eps: float, out: int, /) -> None: ...

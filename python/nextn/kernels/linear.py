@@ -30,7 +30,7 @@ class PackedWeight:
     """A linear's weight, ready to multiply.
 
     weight: [N, K] in the computing type; transposed: a view of it, [K, N]; bias: [N] or None
-    panels, scales, biases: what the compiled kernel reads (see cpu_kernels.c); None where it does not serve the weight
+    panels, scales, biases: what the compiled kernel reads (cpu/kernels.inc); None where it does not serve the weight
     descriptor: int64 addresses and sizes of those, as the kernel's Weight
     address: of the descriptor; 0 where the compiled kernel does not serve the weight
     num_rows: N

@@ -1,4 +1,4 @@
-"""The compiled kernels of ``cpu_kernels.c``, where the installation had a C compiler; None where it had not.
+"""The compiled kernels of ``cpu/kernels.inc``, where the installation had a C compiler; None where it had not.
 
 They serve float32 on a CPU. Every kernel has a torch reference, which runs where these do not.
 """
