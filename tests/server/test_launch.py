@@ -141,6 +141,17 @@ def test_an_engine_that_makes_no_step_ends_the_server(model: tuple[str, str]) ->
         assert "--watchdog-timeout" in server.err[-1]
 
 
+def test_an_engine_that_stops_is_found_although_its_clients_have_left(model: tuple[str, str]) -> None:
+    with launched(*model, "--watchdog-timeout", "1", fake="step_seconds=0.01,hang_after_tokens=6") as server:
+        server.wait_ready()
+        body = {"text": "one two", "stream": True, "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
+        with server.http.stream("POST", "/generate", json=body) as response:
+            payloads = (json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line)
+            assert any(payload["meta_info"]["completion_tokens"] >= 6 for payload in payloads)
+        assert server.wait() == 1
+        assert "--watchdog-timeout" in server.err[-1]
+
+
 def test_the_death_of_the_server_ends_the_engine(model: tuple[str, str]) -> None:
     with launched(*model) as server:
         server.wait_ready()

@@ -80,6 +80,7 @@ class EngineClient:
         self._max_in_flight = max_in_flight
         self._running: dict[str, _Running] = {}
         self._leaving: Counter[str] = Counter()  # names of aborted requests whose last output has not come yet
+        self._leaving_since = 0.0  # when the first of them was aborted
         self._groups: dict[str, Sequence[str]] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._num_calls = 0
@@ -114,11 +115,11 @@ class EngineClient:
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the engine last said anything while it had something to do."""
-        if not self._running:
-            return 0.0
-        oldest = min(running.arrived_at for running in self._running.values())
-        return time.monotonic() - max(self._heard_at, oldest)
+        """Seconds since the engine last said anything while it had something to do, be it to end what nobody wants."""
+        waits = [running.arrived_at for running in self._running.values()]
+        if self._leaving:
+            waits.append(self._leaving_since)
+        return time.monotonic() - max(self._heard_at, min(waits)) if waits else 0.0
 
     def require_ready(self) -> EngineReady:
         """The loaded engine's description, or 503 with the reason why there is none."""
@@ -225,6 +226,8 @@ class EngineClient:
         self._metrics.observe_end(time.monotonic() - running.arrived_at)
         if abort and self.state is not EngineState.DEAD:
             self._outgoing.put_nowait(Abort(rid))
+            if not self._leaving:
+                self._leaving_since = time.monotonic()
             self._leaving[rid] += 1
         if running.generation.has_ended:
             for name in running.names:
