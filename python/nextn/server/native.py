@@ -66,15 +66,20 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/detokenize", **documented(DetokenizeRequest, 404))
     async def detokenize(request: Request) -> Response:
-        asked = decode(await read_body(request, max_bytes), _DETOKENIZE)
+        body = await read_body(request, max_bytes)
+        asked = decode(body, _DETOKENIZE)
         services.check_model(asked.model)
-        tokenizer = services.require_tokenizer()
-        batch, is_single = _token_batches(asked.tokens)
-        for ids in batch:
-            check_token_ids(ids, services.engine.require_ready().vocab_size, "tokens")
+        tokenizer, vocab_size = services.require_tokenizer(), services.engine.require_ready().vocab_size
         skip = asked.skip_special_tokens is not False
-        texts = await maybe_in_thread(sum(map(len, batch)), lambda: tokenizer.decode_batch(batch, skip))
-        answer = {"text": texts[0] if is_single else texts}
+
+        def detokenized() -> str | list[str]:
+            batch, is_single = _token_batches(asked.tokens)
+            for ids in batch:
+                check_token_ids(ids, vocab_size, "tokens")
+            texts = tokenizer.decode_batch(batch, skip)
+            return texts[0] if is_single else texts
+
+        answer = {"text": await maybe_in_thread(len(body), detokenized)}
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
     return routes
