@@ -84,21 +84,20 @@ def figures(launch: Launch) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    line = next(line for line in usage.splitlines() if "REG:" in line)
-    usage_by_name = dict(part.split(":") for part in line.split() if part.startswith(("REG:", "STACK:", "LOCAL:")))
+        usage = _of_cuobjdump("-res-usage", file.name)
+        line = next(line for line in usage.splitlines() if "REG:" in line)
+        usage_by_name = dict(part.split(":") for part in line.split() if part.startswith(("REG:", "STACK:", "LOCAL:")))
+        stack_bytes = int(usage_by_name["STACK"]) + int(usage_by_name["LOCAL"])
+        # Without memory of their own threads cannot put registers aside, and taking a kernel apart takes long.
+        num_spills = spills_in_loops(_of_cuobjdump("-sass", file.name)) if stack_bytes else 0
     ptx = binary.asm["ptx"]
     return {
         "kernel": launch.kernel.__name__,
         "case": launch.case,
         "options": launch.options,
         "registers": int(usage_by_name["REG"]),
-        "stack_bytes": int(usage_by_name["STACK"]) + int(usage_by_name["LOCAL"]),
-        "spills_in_loops": spills_in_loops(sass),
+        "stack_bytes": stack_bytes,
+        "spills_in_loops": num_spills,
         "shared_bytes": binary.metadata.shared,
         "uses_wgmma": "wgmma.mma_async" in ptx,
         "uses_mma": "mma.sync" in ptx,
@@ -114,6 +113,11 @@ def figures(launch: Launch) -> dict[str, Any]:
         ),
         "constants": {name: value for name, value in launch.constants.items() if isinstance(value, int)},
     }
+
+
+def _of_cuobjdump(option: str, cubin: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def spills_in_loops(sass: str) -> int:
