@@ -19,6 +19,7 @@ from nextn.execution.decode_runner import DecodeRunner
 from nextn.execution.engine import Engine
 from nextn.layers.batch import make_extend_batch
 from nextn.protocol.messages import AddRequest
+from nextn.speculative.decode_state import SlotMirror
 from nextn.speculative.policy import DraftLengthPolicy
 from nextn.text.grammar import json_form, regex_form
 from nextn.text.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 PATTERN = "([ab]{2}|[cd]{3})-[0-9]{4,6}!"
+PROSE = "[a-zA-Z ,.\n]{20,200}"
 GRAMMARS = [regex_form(PATTERN, "regex", str).as_grammar(), json_form(SCHEMA, "json_schema", str).as_grammar()]
 
 
@@ -129,6 +131,34 @@ def test_the_policy_may_change_the_number_of_drafts(
     engine = _engine(folder, num_draft_steps=None)
     monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: next(choices))
     assert run_all(engine, _requests()) == plain
+
+
+@pytest.mark.parametrize("rules", [{}, {"repetition_penalty": 1.3, "presence_penalty": 0.5}], ids=["plain", "rules"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_recorded_steps_draft_where_output_is_greedy(
+    tokenizer: Tokenizer, rules: dict[str, float], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model, whose drafts are good: what the grammar forbids is dropped, and nothing else."""
+    grammars = [regex_form(PROSE, "regex", str).as_grammar(), GRAMMARS[1], None]
+    starts = ("Once upon a time", "Lily had a red ball. ", "def add(a, b):\n")
+    requests = [
+        request(f"{text} {i}", tokenizer.encode(text), 60, grammar=grammar, ignore_eos=False, **rules)
+        for text in starts
+        for i, grammar in enumerate(grammars)
+    ]
+    model = checkpoint_dir()
+    plain = run_all(_engine(model, num_draft_steps=0), requests)
+    cut_off: list[int] = []
+    forget = SlotMirror.forget
+    monkeypatch.setattr(SlotMirror, "forget", lambda self, seq: cut_off.append(seq.num_output) or forget(self, seq))
+    engine = _engine(model, decode_on_device=True, enable_overlap=overlap)
+    outputs = run_outputs(engine, requests)
+    assert {rid: [token for one in said for token in one.token_ids] for rid, said in outputs.items()} == plain
+    assert cut_off
+    for text in starts[:2]:
+        steps = [step for said in outputs[f"{text} 0"] for step in said.spec_steps]
+        assert sum(step.num_tokens for step in steps) > 1.5 * len(steps), "drafts are kept"
+    assert all(re.fullmatch(PROSE, tokenizer.decode(plain[f"{text} 0"])) for text in starts)
 
 
 @pytest.mark.parametrize("on_device", [True, False])

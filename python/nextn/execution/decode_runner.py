@@ -72,7 +72,7 @@ class DecodeRunner:
     def launch(self, batch: DecodeBatch, masks: Masks | None = None) -> DecidedTokens:
         """Start a step on the current stream, after all that was started before.
 
-        masks: of sequences that a grammar holds, which draft nothing
+        masks: of sequences that a grammar holds
         """
         self._state.apply(batch.patches)
         if masks is not None:

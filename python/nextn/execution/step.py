@@ -49,8 +49,10 @@ class Stepper:
     at; a sequence that has ended meanwhile is computed once more for nothing. The device works in the order of
     launches, so whoever gets its pages writes them later.
 
-    Where a grammar says what may come next, the tokens so far have to be known: such a sequence neither drafts in the
-    runner's steps nor lets the next be launched ahead.
+    Where a grammar says what may come next, the tokens so far have to be known: a sequence that has one keeps the next
+    step from being launched ahead, and the runner masks only the row that follows these tokens. What a greedy sequence
+    decides behind drafts is right all the same, up to the first token that the grammar forbids: if the likeliest token
+    may come, it is the likeliest of those that may. The rest is dropped. A sequence that samples does not draft.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class Stepper:
             return None
         seqs = [extend.seq for extend in extends if extend.seq.is_decoding and _is_served(extend.seq)]
         if any(self.scheduler.wanted_drafts(seq, chosen) for seq in seqs):
-            seqs = [seq for seq in seqs if _has_grammar(seq) or _lag_of(seq) <= runner.reach]
+            seqs = [seq for seq in seqs if not self.scheduler.may_draft(seq) or _lag_of(seq) <= runner.reach]
         wanted = [self.scheduler.wanted_drafts(seq, chosen) for seq in seqs]
         if not seqs or not all(self._has_room(seq, len(seq.tokens) + max(wanted)) for seq in seqs):
             return None
@@ -207,11 +209,16 @@ class Stepper:
                 continue
             num_drafts = max(min(wanted, seq.max_new_tokens - seq.num_output - 1), 0)
             extend = Extend(seq, seq.num_computed, 1, num_drafts, decides=True, wants_drafts=wanted > 0)
-            made_entries = launched.num_drafts > 0 and seq.arrival not in self._set_back and not _has_grammar(seq)
+            can_draft = self.scheduler.may_draft(seq)
+            made_entries = launched.num_drafts > 0 and seq.arrival not in self._set_back and can_draft
             done = extend.end if made_entries else seq.num_draft_computed
+            kept = self._grammars.followed(seq, tokens) if _has_grammar(seq) else tokens
+            if len(kept) < len(tokens):
+                self._mirror.forget(seq)
+            else:
+                self._mirror.advance(seq, len(tokens))
             extends.append(extend)
-            decisions.append(Decision(tokens, len(tokens) - 1, num_draft_computed=done))
-            self._mirror.advance(seq, len(tokens))
+            decisions.append(Decision(kept, min(len(tokens) - 1, len(kept)), num_draft_computed=done))
         self._set_back.clear()
         return extends, decisions
 

@@ -101,7 +101,7 @@ class LogitRules:
             self.output_counts[slot] = torch.bincount(output, minlength=self.output_counts.shape[1]).to(device)
 
     def mask(self, slots: torch.Tensor, allowed: torch.Tensor) -> None:
-        """Allow the slots' sequences these tokens next; as long as they are masked, they are not to draft.
+        """Allow the slots' sequences these tokens next, after no draft; what follows drafts is not masked.
 
         slots: [n] int64, distinct; allowed: [n, ⌈V / 32⌉] int32
         """

@@ -24,7 +24,7 @@ class SchedulerConfig:
     """max_prefill_tokens: most prompt tokens computed in one step; 0 is no bound
     num_drafts: drafts per verify step; a step may be given fewer (or more) for the sequences that allow it
     by_priority: larger ``priority`` first, else first come, first served
-    drafts_under_grammar: whether sequences that a grammar holds draft too
+    draws_under_grammar: whether sequences that a grammar holds draft too where they sample; greedy ones do in any case
     """
 
     max_running: int
@@ -34,7 +34,7 @@ class SchedulerConfig:
     num_drafts: int
     by_priority: bool
     eos_token_ids: tuple[int, ...]
-    drafts_under_grammar: bool = True
+    draws_under_grammar: bool = True
 
 
 class Extend(NamedTuple):
@@ -162,9 +162,14 @@ class Scheduler:
 
     def wanted_drafts(self, seq: Sequence, num_drafts: int | None) -> int:
         """Drafts of a sequence in a step of ``num_drafts`` (see ``schedule``), were there no end to its tokens."""
-        if seq.request.grammar is not None and not self._config.drafts_under_grammar:
+        if not self.may_draft(seq):
             return 0
         return self._config.num_drafts if num_drafts is None or seq.needs_fixed_drafts else num_drafts
+
+    def may_draft(self, seq: Sequence) -> bool:
+        """Whether its drafts can be held to what it asks for."""
+        is_free = seq.request.grammar is None or seq.request.sampling.is_greedy
+        return is_free or self._config.draws_under_grammar
 
     def _plan(self, seq: Sequence, budget: int, num_drafts: int | None = None) -> Extend | None:
         wanted = self.wanted_drafts(seq, num_drafts)

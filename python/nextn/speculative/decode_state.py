@@ -187,6 +187,10 @@ class SlotMirror:
         known.pages[first_page:] = pages
         return patch
 
+    def forget(self, seq: Sequence) -> None:
+        """The device has decided more for a sequence than it is to have: it is told everything anew."""
+        del self._known[seq.slot]
+
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """The device's own step has added so many tokens."""
         self._known[seq.slot].num_tokens += num_tokens

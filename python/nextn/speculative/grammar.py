@@ -85,6 +85,14 @@ class Grammars:
                 del self._matchers[row.seq]
         return words
 
+    def followed(self, seq: Sequence, tokens: list[int]) -> list[int]:
+        """So many of the next tokens of a sequence as its grammar allows, at least the first, which was masked.
+
+        All, where it has failed.
+        """
+        matcher = self._matchers.get(seq)
+        return tokens if matcher is None else tokens[: max(matcher.num_allowed(tokens), 1)]
+
     def take_failed(self) -> dict[Sequence, str]:
         """The sequences whose grammar has failed since the last call, and why. What they said since is not held."""
         failed, self._failed = dict(self._failed), []
@@ -97,6 +105,13 @@ class _Matcher:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
         self._num_taken = 0
+
+    def num_allowed(self, tokens: list[int]) -> int:
+        """How many of these may follow the output as far as it is taken, one after the other."""
+        num_tried: int = self._matcher.try_consume_tokens(tokens)
+        if num_tried:
+            self._matcher.rollback(num_tried)
+        return num_tried
 
     def fill(self, words: np.ndarray, i: int, row: Row) -> str:
         """Write what may follow a row into words[i]; everything, where no output gets there. Returns what failed."""
