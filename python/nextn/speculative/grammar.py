@@ -12,8 +12,8 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from nextn.errors import RequestError
 from nextn.scheduler.sequence import Sequence
@@ -37,6 +37,7 @@ class Grammars:
 
     def __init__(self, tokenizer: LLTokenizer | None, vocab_size: int) -> None:
         self._tokenizer = tokenizer
+        self._executor = LLExecutor()  # threads: where text is free, a mask of a large vocabulary takes a millisecond
         self._vocab_size = vocab_size
         self._compiled = lru_cache(maxsize=NUM_KEPT)(self._compile)
         self._matchers: WeakKeyDictionary[Sequence, _Matcher] = WeakKeyDictionary()
@@ -75,14 +76,19 @@ class Grammars:
         if not self._matchers or not any(row.seq in self._matchers for row in rows):
             return None
         words = allocate_token_bitmask(len(rows), self._vocab_size)
-        for i, row in enumerate(rows):
-            matcher = self._matchers.get(row.seq)
-            if matcher is None:
-                continue
-            if error := matcher.fill(words, i, row):
+        held = [(i, row, self._matchers[row.seq]) for i, row in enumerate(rows) if row.seq in self._matchers]
+        for _, row, matcher in held:
+            matcher.follow(row.seq)
+        at_output = [(matcher.matcher, i) for i, row, matcher in held if not row.drafts]
+        if at_output:
+            fill_next_token_bitmask_par(self._executor, at_output, words)
+        for i, row, matcher in held:
+            if row.drafts:
+                matcher.fill_behind(row.drafts, words, i)
+            if matcher.error:
                 words[i] = ALL
-                self._failed.append((row.seq, error))
-                del self._matchers[row.seq]
+                self._failed.append((row.seq, matcher.error))
+                self._matchers.pop(row.seq, None)
         return words
 
     def followed(self, seq: Sequence, tokens: list[int]) -> list[int]:
@@ -100,29 +106,38 @@ class Grammars:
 
 
 class _Matcher:
-    """A matcher, and how much of the output it has taken."""
+    """A matcher, and how much of the output it has taken.
+
+    error: why it cannot go on; nothing while it can
+    """
 
     def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._num_taken = 0
+        self._has_left = False
+
+    @property
+    def error(self) -> str:
+        return short_error(self.matcher) or ("the output has left it" if self._has_left else "")
+
+    def follow(self, seq: Sequence) -> None:
+        """Take what is new of the output."""
+        new = seq.tokens[seq.num_prompt + self._num_taken :]
+        num_new = self.matcher.try_consume_tokens(new) if new else 0
+        self._num_taken += num_new
+        self._has_left = num_new < len(new)
 
     def num_allowed(self, tokens: list[int]) -> int:
         """How many of these may follow the output as far as it is taken, one after the other."""
-        num_tried: int = self._matcher.try_consume_tokens(tokens)
+        num_tried: int = self.matcher.try_consume_tokens(tokens)
         if num_tried:
-            self._matcher.rollback(num_tried)
+            self.matcher.rollback(num_tried)
         return num_tried
 
-    def fill(self, words: np.ndarray, i: int, row: Row) -> str:
-        """Write what may follow a row into words[i]; everything, where no output gets there. Returns what failed."""
-        new = row.seq.tokens[row.seq.num_prompt + self._num_taken :]
-        num_new = self._matcher.try_consume_tokens(new) if new else 0
-        if num_new < len(new):
-            return short_error(self._matcher) or "the output has left it"
-        self._num_taken += num_new
-        num_tried = self._matcher.try_consume_tokens(row.drafts) if row.drafts else 0
-        if num_tried == len(row.drafts):
-            fill_next_token_bitmask(self._matcher, words, i)
+    def fill_behind(self, drafts: list[int], words: np.ndarray, i: int) -> None:
+        """Write what may follow drafts into words[i]; everything, where no output gets there."""
+        num_tried = self.matcher.try_consume_tokens(drafts)
+        if num_tried == len(drafts):
+            fill_next_token_bitmask(self.matcher, words, i)
         if num_tried:
-            self._matcher.rollback(num_tried)
-        return short_error(self._matcher)
+            self.matcher.rollback(num_tried)
