@@ -133,16 +133,16 @@ def test_the_policy_may_change_the_number_of_drafts(
     assert run_all(engine, _requests()) == plain
 
 
-@pytest.mark.parametrize("rules", [{}, {"repetition_penalty": 1.3, "presence_penalty": 0.5}], ids=["plain", "rules"])
+@pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.3, "presence_penalty": 0.5}], ids=["", "penalties"])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
 def test_recorded_steps_draft_where_output_is_greedy(
-    tokenizer: Tokenizer, rules: dict[str, float], overlap: bool, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, penalties: dict[str, float], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded model, whose drafts are good: what the grammar forbids is dropped, and nothing else."""
     grammars = [regex_form(PROSE, "regex", str).as_grammar(), GRAMMARS[1], None]
     starts = ("Once upon a time", "Lily had a red ball. ", "def add(a, b):\n")
     requests = [
-        request(f"{text} {i}", tokenizer.encode(text), 60, grammar=grammar, ignore_eos=False, **rules)
+        request(f"{text} {i}", tokenizer.encode(text), 60, grammar=grammar, ignore_eos=False, **penalties)
         for text in starts
         for i, grammar in enumerate(grammars)
     ]
@@ -154,11 +154,40 @@ def test_recorded_steps_draft_where_output_is_greedy(
     engine = _engine(model, decode_on_device=True, enable_overlap=overlap)
     outputs = run_outputs(engine, requests)
     assert {rid: [token for one in said for token in one.token_ids] for rid, said in outputs.items()} == plain
-    assert cut_off
-    for text in starts[:2]:
-        steps = [step for said in outputs[f"{text} 0"] for step in said.spec_steps]
-        assert sum(step.num_tokens for step in steps) > 1.5 * len(steps), "drafts are kept"
+    assert bool(cut_off) == (not penalties)
+    for one in requests:
+        steps = [step for said in outputs[one.rid] for step in said.spec_steps]
+        assert all(step.num_accepted == step.num_tokens - 1 for step in steps[:-1])
+        if one.grammar is not None and penalties:
+            assert not any(step.num_drafted for step in steps)
+        elif one.grammar == grammars[0] and not one.rid.startswith(starts[2]):
+            assert sum(step.num_tokens for step in steps) > 1.5 * len(steps), "drafts are kept"
     assert all(re.fullmatch(PROSE, tokenizer.decode(plain[f"{text} 0"])) for text in starts)
+
+
+def test_the_policy_hears_of_drafts_that_a_grammar_drops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[int, int]] = []
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: 3)
+    engine = _engine(folder, num_draft_steps=None, decode_on_device=True)
+    monkeypatch.setattr(DraftLengthPolicy, "observe_acceptance", lambda self, *counts: heard.append(counts))
+    outputs = run_outputs(engine, [request("a", _prompt(1), 40, grammar=GRAMMARS[0], ignore_eos=False)])
+    steps = [step for said in outputs["a"] for step in said.spec_steps]
+    assert heard == [(step.num_drafted, step.num_tokens - 1) for step in steps if step.num_drafted]
+    assert (3, 0) in heard
+
+
+def test_the_end_is_taken_behind_what_nothing_can_extend(folder: Path, tokenizer: Tokenizer) -> None:
+    """Its matcher has stopped by itself there."""
+    engine = _engine(folder)
+    ids = tokenizer.encode("aa-1234!")
+    assert engine.add(request("a", _prompt(0), 40, grammar=GRAMMARS[0], ignore_eos=False)) is None
+    (seq,) = engine.scheduler.sequences
+    followed = engine._grammars.followed
+    assert followed(seq, [*ids, EOS[1]]) == [*ids, EOS[1]]
+    assert followed(seq, [*ids, ids[0]]) == ids
+    assert followed(seq, [ids[0], EOS[1]]) == ids[:1]
+    assert followed(seq, [ids[-1], ids[0]]) == ids[-1:], "the first was masked"
+    assert followed(seq, [*ids, EOS[1]]) == [*ids, EOS[1]], "nothing is kept"
 
 
 @pytest.mark.parametrize("on_device", [True, False])

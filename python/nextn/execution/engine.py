@@ -63,7 +63,7 @@ class Engine:
                 num_drafts=num_drafts,
                 by_priority=config.schedule_policy == "priority",
                 eos_token_ids=self.eos_token_ids,
-                draws_under_grammar=shard.runner is None,
+                drafts_under_grammar=shard.runner is None,
             ),
             KVPages(shard.num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
         )

@@ -49,10 +49,11 @@ class Stepper:
     at; a sequence that has ended meanwhile is computed once more for nothing. The device works in the order of
     launches, so whoever gets its pages writes them later.
 
-    Where a grammar says what may come next, the tokens so far have to be known: a sequence that has one keeps the next
-    step from being launched ahead, and the runner masks only the row that follows these tokens. What a greedy sequence
-    decides behind drafts is right all the same, up to the first token that the grammar forbids: if the likeliest token
-    may come, it is the likeliest of those that may. The rest is dropped. A sequence that samples does not draft.
+    Where a grammar says what may come next, the tokens so far have to be known: a sequence that has one keeps the
+    next step from being launched ahead, and the runner masks only the row that follows these tokens. What a greedy
+    sequence decides behind drafts is right all the same, up to the first token that the grammar forbids: if the
+    likeliest token may come, it is the likeliest of those that may. The rest is dropped. Sequences that sample do
+    not draft there, nor do those with penalties, whose counts the device would have to be told anew.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class Stepper:
             else:
                 self._mirror.advance(seq, len(tokens))
             extends.append(extend)
-            decisions.append(Decision(kept, min(len(tokens) - 1, len(kept)), num_draft_computed=done))
+            decisions.append(Decision(kept, len(kept) - 1, num_draft_computed=done))
         self._set_back.clear()
         return extends, decisions
 
@@ -234,7 +235,7 @@ class Stepper:
             seq = extend.seq
             is_first = seq.num_output == 0
             kept = self.scheduler.commit(extend, decision)
-            if policy is not None and extend.num_drafts and not _has_grammar(seq):
+            if policy is not None and extend.num_drafts:
                 # Drafts beyond the end of a request were accepted for nothing.
                 policy.observe_acceptance(extend.num_drafts, len(kept) - 1)
             if self._runner is not None and seq.status is Status.RUNNING:

@@ -24,7 +24,8 @@ class SchedulerConfig:
     """max_prefill_tokens: most prompt tokens computed in one step; 0 is no bound
     num_drafts: drafts per verify step; a step may be given fewer (or more) for the sequences that allow it
     by_priority: larger ``priority`` first, else first come, first served
-    draws_under_grammar: whether sequences that a grammar holds draft too where they sample; greedy ones do in any case
+    drafts_under_grammar: whether all sequences that a grammar holds draft; else those that take the likeliest tokens as
+        the model gives them
     """
 
     max_running: int
@@ -34,7 +35,7 @@ class SchedulerConfig:
     num_drafts: int
     by_priority: bool
     eos_token_ids: tuple[int, ...]
-    draws_under_grammar: bool = True
+    drafts_under_grammar: bool = True
 
 
 class Extend(NamedTuple):
@@ -168,8 +169,9 @@ class Scheduler:
 
     def may_draft(self, seq: Sequence) -> bool:
         """Whether its drafts can be held to what it asks for."""
-        is_free = seq.request.grammar is None or seq.request.sampling.is_greedy
-        return is_free or self._config.draws_under_grammar
+        sampling = seq.request.sampling
+        is_plain = sampling.is_greedy and not sampling.has_rules
+        return seq.request.grammar is None or self._config.drafts_under_grammar or is_plain
 
     def _plan(self, seq: Sequence, budget: int, num_drafts: int | None = None) -> Extend | None:
         wanted = self.wanted_drafts(seq, num_drafts)

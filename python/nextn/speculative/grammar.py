@@ -33,11 +33,14 @@ class Grammars:
     """Owns the matchers of the sequences that have a grammar.
 
     tokenizer: None where grammars are not served
+    eos_token_ids: one of these follows a grammar's end
     """
 
-    def __init__(self, tokenizer: LLTokenizer | None, vocab_size: int) -> None:
+    def __init__(self, tokenizer: LLTokenizer | None, vocab_size: int, eos_token_ids: Rows[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._executor = LLExecutor()  # threads: where text is free, a mask of a large vocabulary takes a millisecond
+        self._eos_token_ids = frozenset(eos_token_ids)
+        # Threads: where text is free, a mask of a large vocabulary takes a millisecond.
+        self._executor = None if tokenizer is None else LLExecutor()
         self._vocab_size = vocab_size
         self._compiled = lru_cache(maxsize=NUM_KEPT)(self._compile)
         self._matchers: WeakKeyDictionary[Sequence, _Matcher] = WeakKeyDictionary()
@@ -50,7 +53,7 @@ class Grammars:
         if not path.is_file() or not eos_token_ids:
             return cls(None, vocab_size)
         try:
-            return cls(read_vocabulary(folder, vocab_size, eos_token_ids), vocab_size)
+            return cls(read_vocabulary(folder, vocab_size, eos_token_ids), vocab_size, eos_token_ids)
         except (OSError, ValueError) as error:
             logger.warning("%s: answers cannot be held to a schema or a grammar: %s", path, error)
             return cls(None, vocab_size)
@@ -81,6 +84,7 @@ class Grammars:
             matcher.follow(row.seq)
         at_output = [(matcher.matcher, i) for i, row, matcher in held if not row.drafts]
         if at_output:
+            assert self._executor is not None, "there are matchers"
             fill_next_token_bitmask_par(self._executor, at_output, words)
         for i, row, matcher in held:
             if row.drafts:
@@ -97,7 +101,7 @@ class Grammars:
         All, where it has failed.
         """
         matcher = self._matchers.get(seq)
-        return tokens if matcher is None else tokens[: max(matcher.num_allowed(tokens), 1)]
+        return tokens if matcher is None else tokens[: max(matcher.num_allowed(tokens, self._eos_token_ids), 1)]
 
     def take_failed(self) -> dict[Sequence, str]:
         """The sequences whose grammar has failed since the last call, and why. What they said since is not held."""
@@ -127,12 +131,15 @@ class _Matcher:
         self._num_taken += num_new
         self._has_left = num_new < len(new)
 
-    def num_allowed(self, tokens: list[int]) -> int:
+    def num_allowed(self, tokens: list[int], eos_token_ids: frozenset[int]) -> int:
         """How many of these may follow the output as far as it is taken, one after the other."""
         num_tried: int = self.matcher.try_consume_tokens(tokens)
+        # A matcher that nothing can extend takes no end, although its mask allows it.
+        has_ended = self.matcher.is_stopped() and not self.matcher.is_error()
+        takes_end = has_ended and num_tried < len(tokens) and tokens[num_tried] in eos_token_ids
         if num_tried:
             self.matcher.rollback(num_tried)
-        return num_tried
+        return num_tried + takes_end
 
     def fill_behind(self, drafts: list[int], words: np.ndarray, i: int) -> None:
         """Write what may follow drafts into words[i]; everything, where no output gets there."""
