@@ -20,9 +20,11 @@ from nextn.checkpoint.loader import LoadedModel
 from nextn.config.engine_config import EngineConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.execution import shard
+from nextn.execution.compiling import prompts_of_every_kind
 from nextn.execution.decode_runner import padded_sizes
 from nextn.execution.memory import make_kv_cache
 from nextn.kernels import gpu
+from nextn.kernels.paged_attention import paged_attention
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
 from nextn.models.glm4_moe import Glm4MoeForCausalLM
@@ -132,6 +134,33 @@ def test_all_that_steps_launch_is_compiled_ahead(made: Made, asked: Asked) -> No
             run(config, loaded.target, NextNProposer(loaded.draft, kv_cache), kv_cache)
         assert len(asked) > 30
         assert asked <= ahead, sorted(map(str, asked - ahead))
+
+
+@pytest.mark.parametrize("max_seqs", [64, 256])
+def test_attention_is_compiled_ahead_for_every_number_of_sequences(asked: Asked, max_seqs: int) -> None:
+    """Of GLM-4.5-Air's shape. Whatever a step of many short and long sequences asks for was asked for before."""
+    draw = random.Random(3)
+    weight = torch.empty(4096, 12288, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(1, 16, 8, 128, dtype=torch.bfloat16, device="meta")
+
+    def attend(spans: list[tuple[int, int]]) -> None:
+        pages = [range(-(-(start + length) // 16)) for start, length in spans]
+        layout = make_extend_batch(spans, pages, 16, weight.device).layout
+        q = torch.empty(sum(length for _, length in spans), 96, 128, dtype=torch.bfloat16, device="meta")
+        paged_attention(q, kv, kv, layout, 0.1, next_weight=weight)
+
+    def some_batch() -> list[tuple[int, int]]:
+        num_seqs, longest = int(max_seqs ** draw.random()), 2 ** draw.uniform(0, 12)
+        lengths = [int(max(longest ** draw.random(), 1)) for _ in range(num_seqs)]
+        fitting = [length for i, length in enumerate(lengths) if sum(lengths[: i + 1]) <= CHUNK + max_seqs]
+        return [(draw.choice([0, draw.randrange(2 * CHUNK)]), length) for length in fitting]
+
+    for spans in prompts_of_every_kind(CHUNK, max_seqs):
+        attend(spans)
+    ahead = set(asked)
+    for _ in range(1500):
+        attend(some_batch())
+    assert asked == ahead, sorted(map(str, asked - ahead))
 
 
 LAYER = [

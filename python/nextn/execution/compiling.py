@@ -20,6 +20,8 @@ from nextn.checkpoint.loader import LoadedModel
 from nextn.distributed.parallel import TensorParallel
 from nextn.execution.decode_runner import DecodeRunner
 from nextn.kernels.gpu import compiling_in
+from nextn.kernels.matmul_config import SMALL_M
+from nextn.kernels.paged_attention_triton import SEQS_AT_ONCE, SHORT
 from nextn.kernels.random_uniform import ACCEPT_STREAM, DRAFT_STREAM, FINAL_STREAM, random_uniform
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
@@ -29,8 +31,8 @@ from nextn.models.glm4_moe_nextn import Glm4MoeForCausalLMNextN
 
 META = torch.device("meta")
 
-NEXT_LENGTH = 1.08
-"""The ratio of two prompts' lengths that are tried, one after the other."""
+NEXT_LENGTH, NEXT_LENGTH_IN_BATCH = 1.08, 1.5
+"""The ratio of two prompts' lengths that are tried, one after the other: alone, and beside other sequences."""
 
 Span = tuple[int, int]
 """New tokens of a sequence: the first one's position, and how many there are."""
@@ -99,15 +101,30 @@ def compile_kernels(
 
 
 def prompts_of_every_kind(max_prefill_tokens: int, max_seqs: int) -> Iterator[list[Span]]:
-    """Steps with prompts: new tokens alone, behind a prefix, and beside as many decoding sequences as there can be.
+    """Steps with prompts: new tokens alone and behind a prefix, and so beside others that decode or are as short.
 
     Products are cut up by how many tokens a step has in all, attention by its longest sequence and by how many it has.
     """
-    for num_tokens in _series(max_prefill_tokens + max_seqs, NEXT_LENGTH):
-        yield [(0, num_tokens)]
-        yield [(max_prefill_tokens, num_tokens)]
-    for num_tokens in _series(max_prefill_tokens, 2.0):
-        yield [(0, num_tokens), *[(max_prefill_tokens, 1)] * (max_seqs - 1)]
+    starts, most = (0, max_prefill_tokens), max_prefill_tokens + max_seqs
+    # How many tiles a product has can decide how it is cut up.
+    for num_tokens in sorted({*_series(most, NEXT_LENGTH), *range(SMALL_M, most, SMALL_M)}):
+        for start in starts:
+            yield [(start, num_tokens)]
+    for num_seqs in _batch_sizes(max_seqs):
+        for num_tokens in _series(max_prefill_tokens, NEXT_LENGTH_IN_BATCH):
+            for start in starts:
+                yield [(start, num_tokens), *[(start, 1)] * (num_seqs - 1)]
+                if num_tokens <= SHORT:
+                    yield [(start, num_tokens)] * num_seqs
+
+
+def _batch_sizes(max_seqs: int) -> list[int]:
+    """The least and the most sequences that attention's programs look through alike, above one."""
+    least, sizes = 2, []
+    for most in SEQS_AT_ONCE:
+        sizes += [least, most]
+        least = most + 1
+    return sorted({min(size, max_seqs) for size in sizes} - {1})
 
 
 def _series(most: int, ratio: float) -> Iterator[int]:

@@ -23,6 +23,8 @@ from nextn.kernels.matmul_config import SMALL_M
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORT = 16
 """New tokens up to which a sequence is launched apart from longer ones, and its keys are always divided."""
+SEQS_AT_ONCE = (16, 64, 256, 1024, 1 << 14)
+"""As many sequences as a program looks through to find its own: the least that is enough."""
 MIN_PART = 4
 """Least steps over keys that are worth a program."""
 ITEMS_PER_PROCESSOR = 6
@@ -71,8 +73,9 @@ def choose_config(
         return AttentionConfig(32, 32, num_warps=4, num_stages=3)
     block_m = min(max(gpu.next_power_of_2(num_rows), 16), 128)
     num_stages = 3
-    if num_rows > 256:  # limited by arithmetic
-        block_n, num_stages = (128 if is_large else 64), 2
+    if num_rows > 256:
+        # Limited by arithmetic; keys and values have to be asked for two steps ahead to come in time.
+        block_n, num_stages = 64, 3 if shared_memory >= 144 << 10 else 2
     elif block_m <= 32:
         block_n = 128 if is_fp8 else 64
     else:
@@ -187,7 +190,7 @@ def _launch_tiles(
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_S": next(size for size in (16, 64, 256, 1024, 1 << 14) if size >= num_seqs),
+        "BLOCK_S": next(size for size in SEQS_AT_ONCE if size >= num_seqs),
     }
     prefetch = 0
     if next_weight is not None and is_split and num_tokens <= SMALL_M:
