@@ -62,8 +62,16 @@ class Product:
 
     def chosen(self, machine: Machine) -> Knobs:
         size = self.element_size
-        card = {"processors": machine.processors, "shared_memory": machine.shared_memory}
-        config = choose_config(self.m, self.n, self.k, x_bytes=size, weight_bytes=size, **card)
+        config = choose_config(
+            self.m,
+            self.n,
+            self.k,
+            x_bytes=size,
+            weight_bytes=size,
+            has_groups=self.block is not None,
+            processors=machine.processors,
+            shared_memory=machine.shared_memory,
+        )
         return {**asdict(config), "prefetch": gpu.PREFETCH_BYTES if self.m <= SMALL_M else 0}
 
     def axes(self, chosen: Knobs) -> Axes:

@@ -102,6 +102,7 @@ def figures(launch: Launch) -> dict[str, Any]:
         "uses_wgmma": "wgmma.mma_async" in ptx,
         "uses_mma": "mma.sync" in ptx,
         "uses_tcgen05": "tcgen05.mma" in ptx,
+        "late_copies": late_copies(binary.asm["ttgir"]),
         "reads_early": accesses_before_waiting(
             ptx, ("ld.global", "cp.async.ca", "cp.async.cg", "cp.async.bulk.tensor")
         ),
@@ -129,13 +130,29 @@ def spills_in_loops(sass: str) -> int:
         for address, text in code
         if (target := re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)) and int(target.group(1), 16) < address
     ]
-    innermost = [
+    spills = [address for address, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(first <= address <= last for address in spills for first, last in _innermost(loops))
+
+
+def late_copies(ttgir: str) -> int:
+    """How often the innermost loops wait for the copy that was asked for last, with none on its way meanwhile."""
+    lines = ttgir.splitlines()
+    loops: list[tuple[int, int]] = []
+    for first, line in enumerate(lines):
+        if "scf.for " in line:
+            end = line[: len(line) - len(line.lstrip())] + "}"
+            loops.append((first, next(i for i in range(first + 1, len(lines)) if lines[i].startswith(end))))
+    waits = [i for i, line in enumerate(lines) if "ttg.async_wait" in line and "{num = 0 :" in line]
+    return sum(first < wait < last for wait in waits for first, last in _innermost(loops))
+
+
+def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of the loops, each a first and a last place, that hold no other."""
+    return [
         (first, last)
         for first, last in loops
         if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops)
     ]
-    spills = [address for address, text in code if re.search(r"\b(LDL|STL)\b", text)]
-    return sum(first <= address <= last for address in spills for first, last in innermost)
 
 
 def accesses_before_waiting(ptx: str, instructions: tuple[str, ...]) -> int | None:

@@ -203,15 +203,24 @@ def test_without_a_gpu_torch_multiplies() -> None:
 
 
 H100 = {"processors": 132, "shared_memory": 227 << 10}
+W8A8 = {"x_bytes": 1, "weight_bytes": 1, "has_groups": False, **H100}
 
 
 def test_few_rows_split_k_so_that_the_card_is_busy() -> None:
     for n, k in [(4096, 12288), (5120, 12288), (14336, 4096)]:
         for m in (1, 16, 64):
-            config = choose_config(m, n, k, x_bytes=1, weight_bytes=1, **H100)
+            config = choose_config(m, n, k, **W8A8)
             assert num_tiles(m, n, config.block_m, config.block_n) * config.split_k >= 0.9 * 132
             assert k / config.block_k / config.split_k >= 4
-    assert choose_config(4096, 4096, 4096, x_bytes=1, weight_bytes=1, **H100).split_k == 1
+    assert choose_config(4096, 4096, 4096, **W8A8).split_k == 1
+
+
+@pytest.mark.parametrize(("n", "k", "split_k"), [(4096, 12288, 4), (5120, 12288, 3), (14336, 4096, 1)])
+def test_programs_that_share_no_processor_run_at_once(n: int, k: int, split_k: int) -> None:
+    """Air's and 4.6's o_proj and qkv_proj, 64 rows whose scales are per group."""
+    config = choose_config(64, n, k, **{**W8A8, "has_groups": True})
+    assert config.split_k == split_k
+    assert num_tiles(64, n, config.block_m, config.block_n) * config.split_k <= 132
 
 
 @pytest.mark.parametrize(("x_bytes", "weight_bytes"), [(1, 1), (2, 1), (2, 2)])
@@ -220,7 +229,14 @@ def test_tiles_fit_the_card(shared_memory: int, x_bytes: int, weight_bytes: int)
     for m in (1, 16, 17, 64, 65, 200, 512, 8192):
         for n, k in [(4096, 12288), (151552, 4096), (64, 64)]:
             config = choose_config(
-                m, n, k, x_bytes=x_bytes, weight_bytes=weight_bytes, processors=108, shared_memory=shared_memory
+                m,
+                n,
+                k,
+                x_bytes=x_bytes,
+                weight_bytes=weight_bytes,
+                has_groups=False,
+                processors=108,
+                shared_memory=shared_memory,
             )
             step = (config.block_m * x_bytes + config.block_n * weight_bytes) * config.block_k
             assert 2 <= config.num_stages <= shared_memory // step
@@ -228,9 +244,6 @@ def test_tiles_fit_the_card(shared_memory: int, x_bytes: int, weight_bytes: int)
 
 
 def test_batch_invariance_cuts_every_batch_alike() -> None:
-    configs = {
-        choose_config(m, 4096, 12288, x_bytes=1, weight_bytes=1, batch_invariant=True, **H100)
-        for m in (1, 16, 65, 4096)
-    }
+    configs = {choose_config(m, 4096, 12288, batch_invariant=True, **W8A8) for m in (1, 16, 65, 4096)}
     assert len(configs) == 1
     assert configs.pop().split_k == 1

@@ -39,13 +39,14 @@ def choose_config(
     *,
     x_bytes: int,
     weight_bytes: int,
+    has_groups: bool,
     processors: int,
     shared_memory: int,
     batch_invariant: bool = False,
 ) -> MatmulConfig:
     """How to cut up [m, k] · [n, k]ᵀ, from the shapes alone.
 
-    x_bytes, weight_bytes: of an element
+    x_bytes, weight_bytes: of an element; has_groups: whether scales are per group along K
     processors: streaming multiprocessors of the card; shared_memory: bytes a program can have of it
     """
     few = batch_invariant or m <= SMALL_M
@@ -58,6 +59,9 @@ def choose_config(
         block_n = 128 if block_m == SMALL_M and not batch_invariant else 64
         # 96 rows of the weight on each processor keep enough loads in flight; no processor is to be idle.
         split_k = 1 if batch_invariant else min(cdiv(max(96, block_n) * processors, n), max_split)
+        if has_groups and block_n == 128:
+            # A group's sum beside the total takes so many registers that a processor holds one program: no second wave.
+            split_k = min(split_k, max(processors // num_tiles(m, n, block_m, block_n), 1))
         config = MatmulConfig(
             block_m,
             block_n,

@@ -49,6 +49,7 @@ def plan_matmul(
         k,
         x_bytes=x_dtype.itemsize,
         weight_bytes=weight.dtype.itemsize,
+        has_groups=block is not None,
         processors=gpu.num_processors(out.device),
         shared_memory=gpu.shared_memory(out.device),
         batch_invariant=batch_invariant,
