@@ -32,6 +32,8 @@ class WithoutCuda(TorchFunctionMode):
             return torch.ops.aten.fill_(place, value)
         options = dict(kwargs or {})
         options.pop("pin_memory", None)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func is torch.tensor and options.get("device") is not None:
             device = options.pop("device")
             return torch.ops.aten._to_copy(func(*args, **options), device=device)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 from nextn.config.engine_config import EngineConfig
+from nextn.distributed import parallel
 from nextn.distributed.parallel import SINGLE, TensorParallel, join, leave
 from nextn.errors import ConfigError, PeerLost
 from nextn.execution.rank_process import _check_agreement
@@ -70,3 +71,11 @@ def test_ranks_are_spread_over_nodes_in_order() -> None:
     assert [TensorParallel(p.rank, p.size, p.ranks_per_node).local_rank for p in places] == [*range(4), *range(4)]
     (alone,) = places_of_node(1, nnodes=1, node_rank=0, rendezvous="file:///x", timeout=5)
     assert alone.rendezvous is None
+
+
+def test_a_fault_of_this_ranks_own_device_is_no_loss_of_another() -> None:
+    for own in (torch.OutOfMemoryError, torch.AcceleratorError):
+        with pytest.raises(own), parallel._naming_the_loss():
+            raise own("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(PeerLost, match="lost: Connection closed by peer"), parallel._naming_the_loss():
+        raise RuntimeError("Connection closed by peer")

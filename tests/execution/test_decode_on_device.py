@@ -10,6 +10,7 @@ import torch
 from nextn.execution.decode_runner import DecodeRunner, padded_sizes
 from nextn.kernels import native
 from nextn.protocol.messages import AddRequest
+from nextn.speculative.cycle import SpeculativeCycle
 from nextn.speculative.policy import DraftLengthPolicy
 
 from tests.conftest import EngineFactory, request, run_all, run_outputs
@@ -259,3 +260,20 @@ def test_padded_sizes_waste_little_and_reach_the_largest() -> None:
         assert list(sizes) == sorted(set(sizes))
         for num in range(1, most + 1):
             assert next(size for size in sizes if size >= num) <= 1.5 * num
+
+
+def test_the_policy_hears_what_it_takes_to_make_up_for_missing_entries(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is drafted for long, a step beside the runner's has to make entries before drafts are tried."""
+    engine = make_engine(num_draft_steps=None, decode_on_device=True, max_running_requests=1)
+    run_all(engine, [request("first", [5, 6, 7], 100)])
+    beside: list[int] = []
+    told: list[int] = []
+    run = SpeculativeCycle.run
+    monkeypatch.setattr(SpeculativeCycle, "run", lambda self, some: beside.append(len(some)) or run(self, some))
+    monkeypatch.setattr(DraftLengthPolicy, "best", lambda self, num_seqs: 0)
+    monkeypatch.setattr(DraftLengthPolicy, "observe_catching_up", lambda self, n, seconds: told.append(n))
+    run_all(engine, [request("a", [5, 6, 7, 8], 300)])
+    assert told == beside[1:], "all but the prompt's step"
+    assert told

@@ -230,7 +230,7 @@ def _interface_towards(rendezvous: str) -> str | None:
 def _naming_the_loss() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of this rank's own device
         raise
     except RuntimeError as error:  # gloo and NCCL raise nothing narrower
         raise PeerLost(f"the connection to another rank was lost: {_sentence(error)}") from error

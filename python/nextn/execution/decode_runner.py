@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from nextn.kernels.gpu import on_host
 from nextn.kernels.verify import NO_TOKEN
 from nextn.protocol.ranks import DecodeBatch
 from nextn.speculative.decode_state import DecodeState
@@ -95,7 +96,7 @@ class DecodeRunner:
             batch.slots + [self._state.scratch_row] * padding,
             batch.wanted_drafts + batch.wanted_drafts[:1] * padding,
         ]
-        return torch.tensor(columns, pin_memory=self._state.device.type == "cuda")
+        return on_host(columns, device=self._state.device)
 
     def _run(self, rows: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
         return self._step.run(DecodeRows(*rows.unbind()), batch.num_drafts, is_greedy=batch.is_greedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -177,8 +177,10 @@ def _max_drafts(config: EngineConfig, has_draft: bool) -> int:
 
 
 def _recorded_drafts(config: EngineConfig, max_drafts: int) -> list[int]:
-    """Numbers of drafts that a step may have."""
-    return list(range(max_drafts + 1)) if config.num_draft_steps is None else [max_drafts]
+    """Numbers of drafts that a step may have. Where the number is fixed, some requests with a grammar have none."""
+    if config.num_draft_steps is None:
+        return list(range(max_drafts + 1))
+    return sorted({0, max_drafts}) if config.serves_grammars else [max_drafts]
 
 
 def _max_recorded(config: EngineConfig) -> int:
@@ -215,18 +217,21 @@ def _compile_ahead(
     max_drafts: int,
     tp: TensorParallel,
 ) -> None:
-    """Have the kernels of all steps compiled that will be recorded or warmed up."""
-    models = without_memory(loaded, tp, batch_invariant=config.batch_invariant)
+    """Have the kernels of all steps compiled that this machine's ranks will record or warm up."""
     kv_cache = kv_cache_of(-(-context // config.page_size), META)
-    proposer = None if models.draft is None else NextNProposer(models.draft, kv_cache)
-    compile_kernels(
-        models,
-        kv_cache,
-        _decode_runner(config, models, proposer, kv_cache, context, max_drafts, tp),
-        sizes=[*padded_sizes(_max_recorded(config)), config.max_running_requests],
-        draft_counts=_recorded_drafts(config, max_drafts),
-        prompts=prompts_of_every_kind(min(chunk, context), config.max_running_requests),
-    )
+    # The first rank alone adds what came before a layer; the last stands for all others.
+    for rank in sorted({tp.rank, tp.size - 1}) if tp.is_first else [tp.rank]:
+        one = replace(tp, rank=rank)
+        models = without_memory(loaded, one, batch_invariant=config.batch_invariant)
+        proposer = None if models.draft is None else NextNProposer(models.draft, kv_cache)
+        compile_kernels(
+            models,
+            kv_cache,
+            _decode_runner(config, models, proposer, kv_cache, context, max_drafts, one),
+            sizes=[*padded_sizes(_max_recorded(config)), config.max_running_requests],
+            draft_counts=_recorded_drafts(config, max_drafts),
+            prompts=prompts_of_every_kind(min(chunk, context), config.max_running_requests),
+        )
 
 
 def _measured_plan(

@@ -126,9 +126,10 @@ class Stepper:
             extends, decisions = extends + more_extends, decisions + more_decisions
         self._last_end = time.perf_counter()
         num_prompt_tokens = sum(e.num_tokens for e in extends if not (e.decides and e.seq.num_output))
-        # Where decode steps have a runner, one that was not for it says nothing about those that are.
-        if policy is not None and (self._runner is None or (num_prompt_tokens and launched is not None)):
-            _tell_time(policy, extends, decisions, self._last_end - started, num_prompt_tokens)
+        if policy is not None:
+            # Where decode steps have a runner, one that was not for it says nothing about those that are.
+            is_usual = self._runner is None or (num_prompt_tokens > 0 and launched is not None)
+            _tell_time(policy, extends, decisions, self._last_end - started, num_prompt_tokens, is_usual=is_usual)
         return self._commit(extends, decisions, policy, num_prompt_tokens)
 
     def _launch(self, extends: list[Extend], chosen: int | None) -> _Launched | None:
@@ -285,10 +286,12 @@ def _tell_time(
     decisions: list[Decision],
     seconds: float,
     num_prompt_tokens: int,
+    *,
+    is_usual: bool,
 ) -> None:
     """What the policy can learn from a step's length, if all sequences that decode did the same.
 
-    Called before the scheduler takes the decisions in.
+    Called before the scheduler takes the decisions in. is_usual: whether decode steps are computed in this way
     """
     decoding = [extend for extend in extends if extend.decides and extend.seq.num_output]
     num_drafts = decoding[0].num_drafts if decoding else 0
@@ -299,6 +302,7 @@ def _tell_time(
         for extend, decision in zip(extends, decisions, strict=True)
     )
     if num_drafts or not lags:
-        policy.observe(len(decoding), num_drafts, seconds, num_prompt_tokens)
+        if is_usual:
+            policy.observe(len(decoding), num_drafts, seconds, num_prompt_tokens)
     elif not num_prompt_tokens:
         policy.observe_catching_up(len(decoding), seconds)

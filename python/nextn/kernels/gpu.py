@@ -219,7 +219,13 @@ def upload(values: Any, *, device: torch.device, dtype: torch.dtype | None = Non
     """The host's numbers as a tensor; torch's own way to a GPU would wait for all that the device has still to do."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return on_host(values, device=device, dtype=dtype).to(device, non_blocking=True)
+
+
+def on_host(values: Any, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The host's numbers, or numpy's array of them, as a tensor that ``device`` can copy while the host goes on."""
+    made = torch.as_tensor(values, dtype=dtype)
+    return made.pin_memory() if device.type == "cuda" else made
 
 
 def cdiv(a: int, b: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nextn.kernels.gpu import upload
 from nextn.kernels.penalties import LogitRules, count_tokens
 from nextn.protocol.ranks import NewSequence, SlotPatch
 from nextn.scheduler.sequence import Sequence
@@ -81,9 +82,8 @@ class DecodeState:
 
     def mask(self, slots: Rows[int], allowed: np.ndarray) -> None:
         """Allow the sequences in some slots these tokens next. allowed: [n, ⌈V / 32⌉] int32, as LogitRules has it"""
-        on_host = torch.tensor(allowed, pin_memory=self.device.type == "cuda")
-        (where,) = self._upload([slots], torch.int64)
-        self.rules.mask(where, on_host.to(self.device, non_blocking=True))
+        where = upload(slots, dtype=torch.int64, device=self.device)
+        self.rules.mask(where, upload(allowed, device=self.device))
 
     def _begin(self, patches: Rows[tuple[SlotPatch, NewSequence]]) -> None:
         """Sequences that are new in their slots."""
@@ -144,8 +144,7 @@ class DecodeState:
 
     def _upload(self, rows: Rows[Rows[float]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """One copy to the device that does not wait for it."""
-        on_host = torch.tensor(rows, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return on_host.to(self.device, non_blocking=True).unbind()
+        return upload(rows, dtype=dtype, device=self.device).unbind()
 
 
 @dataclass
