@@ -14,7 +14,6 @@ from nextn.protocol.messages import AddRequest
 from nextn.protocol.ranks import DecodeBatch
 from nextn.text.grammar import regex_form
 
-from tests import checkpoints
 from tests.checkpoints import END_OF_LETTERS, said_in_letters, tiny_config, write_checkpoint, write_letters
 from tests.conftest import request, run_all
 from tests.simulated_cuda import SimulatedCuda
@@ -35,9 +34,7 @@ CODE = regex_form("[ab][0-9]{3}!", "regex", str).as_grammar()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "BLOCK", (32, 32))
-        return write_letters(write_checkpoint(tmp_path_factory.mktemp("simulated"), CONFIG, quant="channel"))
+    return write_letters(write_checkpoint(tmp_path_factory.mktemp("simulated"), CONFIG, quant="channel"))
 
 
 @pytest.fixture
