@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nextn.execution import engine, shard
+import torch.distributed as dist
+from nextn.distributed import parallel
+from nextn.execution import rehearsal, shard
 from nextn.kernels import gpu
 from torch.overrides import TorchFunctionMode
 
 from tests.interpreter import stand_in_for_a_gpu
-
-CUDA = torch.device("cuda", 0)
 
 READS = {
     *("tolist", "item", "equal", "allclose", "nonzero", "unique", "masked_select", "is_nonzero"),
@@ -40,10 +40,14 @@ Operation = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
 
 
 class SimulatedCuda(TorchFunctionMode):
-    """While this is entered, torch has a GPU. recording: the operations of the graph that is being recorded"""
+    """While this is entered, torch has GPUs, of which this process uses one. Ranks exchange tensors over gloo.
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    index: the GPU's; recording: the operations of the graph that is being recorded
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, index: int = 0) -> None:
         super().__init__()
+        self._device = torch.device("cuda", index)
         self.recording: list[Operation] | None = None
         self.num_replays = 0
         suits = gpu.suits
@@ -55,14 +59,14 @@ class SimulatedCuda(TorchFunctionMode):
         patch.setattr(gpu, "launch", self._launch)
         # Both are of every kernel that there is, and compile what the interpreter does not.
         patch.setattr(shard, "_compile_ahead", lambda *arguments: None)
-        patch.setattr(engine, "warm_up_kernels", lambda *arguments, **options: None)
+        patch.setattr(rehearsal, "warm_up_kernels", lambda *arguments, **options: None)
 
     def _patch_torch(self, patch: pytest.MonkeyPatch) -> None:
         properties = SimpleNamespace(major=9, minor=0, multi_processor_count=2, name="simulated", total_memory=16 << 30)
         found = {
             "is_available": lambda: True,
-            "device_count": lambda: 1,
-            "current_device": lambda: 0,
+            "device_count": lambda: 8,
+            "current_device": lambda: self._device.index,
             "get_device_properties": lambda device=None: properties,
             "mem_get_info": lambda device=None: (8 << 30, 16 << 30),
             "Event": lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
@@ -79,6 +83,10 @@ class SimulatedCuda(TorchFunctionMode):
             found[name] = lambda device=None: None
         for name, made in found.items():
             patch.setattr(torch.cuda, name, made)
+        for place, name in ((dist, "all_reduce"), (dist, "broadcast"), (parallel, "_all_gather")):
+            patch.setattr(place, name, self._exchange(getattr(place, name)))
+        begin = dist.init_process_group
+        patch.setattr(dist, "init_process_group", lambda backend, **options: begin("gloo", **options))
         make_generator = torch.Generator
         patch.setattr(torch, "Generator", lambda device=None: make_generator())
 
@@ -102,6 +110,7 @@ class SimulatedCuda(TorchFunctionMode):
             return self._move(func, args, options)
         is_made = options.get("device") is not None and torch.device(options["device"]).type == "cuda"
         if is_made:
+            assert torch.device(options["device"]).index in (None, self._device.index), f"{name}: of another rank"
             options["device"] = "cpu"
         elif not on_gpu:
             return func(*args, **options)
@@ -118,7 +127,7 @@ class SimulatedCuda(TorchFunctionMode):
 
     def _attribute(self, func: Callable[..., Any], x: Any, *rest: Any) -> Any:
         name = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
-        known = {"device": CUDA, "is_cuda": True, "is_cpu": False}
+        known = {"device": self._device, "is_cuda": True, "is_cpu": False}
         if isinstance(x, OnGpu) and name in known:
             return known[name]
         with torch._C.DisableTorchFunctionSubclass():
@@ -130,7 +139,7 @@ class SimulatedCuda(TorchFunctionMode):
         x, *rest = args
         wanted = [one for one in [*rest, options.get("device")] if isinstance(one, (torch.device, str))]
         from_gpu = isinstance(x, OnGpu)
-        target = torch.device(wanted[0]) if wanted else CUDA if from_gpu else x.device
+        target = torch.device(wanted[0]) if wanted else self._device if from_gpu else x.device
         if func is torch.Tensor.cpu:
             target = torch.device("cpu")
         if target.type == "meta" or x.is_meta:
@@ -172,6 +181,18 @@ class SimulatedCuda(TorchFunctionMode):
 
     def _wait(self, name: str) -> None:
         assert self.recording is None, f"{name} waits for the device while a graph is recorded"
+
+    def _exchange(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        """A collective operation: tensors of the GPU's are exchanged on it, others at once."""
+
+        def exchanged(x: torch.Tensor, *rest: Any) -> Any:
+            if isinstance(x, OnGpu):
+                assert all(isinstance(one, OnGpu) for one in _flat(rest)), f"{collective.__name__}: not on a GPU"
+                return self._do(collective, (x, *rest), {})
+            assert self.recording is None, f"{collective.__name__} on the host while a graph is recorded"
+            return collective(x, *rest)
+
+        return exchanged
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **sizes: Any

@@ -8,6 +8,7 @@ Heavy imports are inside functions: the engine process imports this module too, 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import shutil
@@ -122,20 +123,32 @@ def _follow(args: ServerArgs) -> int:
     grace = 0.0
     try:
         ranks = _spawn(args, model_path, _rendezvous(args, ranks_port), nodes=nodes)
-        while not ranks.have_ended_well and not nodes.end_is_near:
-            time.sleep(NODE_POLL_INTERVAL)
-            if ranks.why_ended(well=False) is not None:
-                ranks.wait_for_a_cause(CAUSE_TIMEOUT)
-                reason = ranks.why_ended(well=False) or "a rank ended"
-                return _complain(reason, 1)
-        reason, grace = None, ENGINE_EXIT_TIMEOUT
-        return 0
+        try:
+            reason = _watch(ranks, nodes)
+        except Stopped:  # node 0 may have been asked too, and finishes its responses first
+            logger.info("node %d was asked to stop, and waits for node 0 to end", args.node_rank)
+            reason = _watch(ranks, nodes, args.shutdown_timeout + CAUSE_TIMEOUT)
+        grace = 0.0 if reason else ENGINE_EXIT_TIMEOUT
+        return 0 if reason is None else _complain(reason, 1)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         nodes.close(reason)
         if ranks is not None:
             ranks.end(grace)
+
+
+def _watch(ranks: RankProcesses, nodes: Nodes, timeout: float = math.inf) -> str | None:
+    """Until all ends in good order (None) or something fails (the reason). timeout: seconds; then raises Stopped"""
+    deadline = time.monotonic() + timeout
+    while not ranks.have_ended_well and not nodes.end_is_near:
+        time.sleep(NODE_POLL_INTERVAL)
+        if ranks.why_ended(well=False) is not None:
+            ranks.wait_for_a_cause(CAUSE_TIMEOUT)
+            return ranks.why_ended(well=False) or "a rank ended"
+        if time.monotonic() > deadline:
+            raise Stopped
+    return None
 
 
 def resolve_model(model_path: str | None) -> str:

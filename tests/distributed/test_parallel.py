@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
 from nextn.config.engine_config import EngineConfig
 from nextn.distributed import parallel
 from nextn.distributed.parallel import SINGLE, TensorParallel, join, leave
 from nextn.errors import ConfigError, PeerLost
+from nextn.execution import rank_process
 from nextn.execution.rank_process import _check_agreement
 from nextn.execution.ranks import places_of_node
+from nextn.layers.norm import RMSNorm, sum_over_ranks
+
+from tests.server.conftest import wait_until
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,36 @@ class Told(TensorParallel):
         return self.message
 
 
+@dataclass(frozen=True)
+class Alike(TensorParallel):
+    """A rank among others whose tensors are the same. Their sum is rounded at every rank, as NCCL's is."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        total = x
+        for _ in range(self.size - 1):
+            total = total + x
+        return total
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_came_before_a_layer_is_added_once_and_rounded_once(rank: int) -> None:
+    """The stream is much larger than what a layer adds, and bfloat16 has eight bits."""
+    generator = torch.Generator().manual_seed(rank)
+    mine, before = (torch.randn(50, 64, generator=generator).to(torch.bfloat16) for _ in range(2))
+    before = before * 64
+    exact = before.double() + 8 * mine.double()
+    parts = sum_over_ranks(Alike(rank, 8), lambda given: mine if given is None else mine + given, before)
+    norm = RMSNorm(64, 1e-5, "norm", torch.bfloat16)
+    norm.weight.fill_(1)
+    total, normed = norm.forward_for(parts, None)
+    assert isinstance(normed, torch.Tensor)
+    torch.testing.assert_close(total.double(), exact, rtol=2**-8, atol=8 * 8 * 2**-8)  # a rounding, and the terms' own
+    torch.testing.assert_close(norm.forward(parts), normed, rtol=0, atol=0)
+    torch.testing.assert_close(
+        sum_over_ranks(Alike(rank, 8), lambda given: mine, None), Alike(rank, 8).all_reduce(mine)
+    )
+
+
 def test_alone_every_operation_gives_back_what_it_got() -> None:
     x = torch.randn(3, 4)
     for operation in (SINGLE.all_reduce, SINGLE.all_gather, SINGLE.broadcast):
@@ -35,6 +73,16 @@ def test_alone_every_operation_gives_back_what_it_got() -> None:
     assert SINGLE.least(7) == 7
     join(SINGLE, rendezvous=None, device=torch.device("cpu"), timeout=1)
     leave(SINGLE)
+
+
+def test_a_group_on_gpus_is_aborted_where_it_cannot_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of NCCL's waits for a lost rank until then."""
+    calls: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: calls.append("aborted"))
+    parallel.abandon()
+    assert calls == ["aborted"]
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_longer_than_the_timeout(tmp_path: Path) -> None:
@@ -73,9 +121,68 @@ def test_ranks_are_spread_over_nodes_in_order() -> None:
     assert alone.rendezvous is None
 
 
+def nccl_error(kind: str, own: str) -> dist.DistBackendError:
+    """As torch words it."""
+    return dist.DistBackendError(
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+        f"NCCL_DEBUG=INFO for details), NCCL version 2.29.3\n{kind}: A call failed. \nLast error:\n{own}\n"
+    )
+
+
+def test_what_nccl_says_is_told_and_taken_for_a_loss_only_where_it_is_one() -> None:
+    full = "Error while creating shared memory segment /dev/shm/nccl-ab, error: No space left on device (28)"
+    with pytest.raises(ConfigError) as found, parallel._naming_the_loss():
+        raise nccl_error("ncclSystemError", full)
+    assert str(found.value) == f"NCCL: {full}; start with NCCL_DEBUG=INFO to see more"
+    for kind, own in (
+        ("ncclRemoteError", "socketProgress: Connection closed by remote peer"),
+        ("ncclSystemError", "Call to recv failed: Connection reset by peer"),
+    ):
+        with pytest.raises(PeerLost, match="the connection to another rank was lost"), parallel._naming_the_loss():
+            raise nccl_error(kind, own)
+
+
+def test_ranks_on_devices_of_other_types_do_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node whose GPU is not found would wait for exchanges that no other takes part in."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    store = dist.FileStore(str(tmp_path / "r"), 2)
+    store.set("here/1", "cpu")
+    with pytest.raises(ConfigError, match="--device: rank 1 computes on cpu, rank 0 on cuda; give all nodes the same"):
+        join(TensorParallel(0, 2), rendezvous=f"file://{tmp_path}/r", device=torch.device("cuda", 0), timeout=5)
+
+
+def test_sockets_between_ranks_are_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=ib0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with parallel._sockets_over("eth3"):
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth3", "=ib0")
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib0"
+
+
 def test_a_fault_of_this_ranks_own_device_is_no_loss_of_another() -> None:
     for own in (torch.OutOfMemoryError, torch.AcceleratorError):
         with pytest.raises(own), parallel._naming_the_loss():
             raise own("CUDA error: an illegal memory access was encountered")
     with pytest.raises(PeerLost, match="lost: Connection closed by peer"), parallel._naming_the_loss():
         raise RuntimeError("Connection closed by peer")
+
+
+def test_a_rank_that_follows_fails_when_its_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for rank 0 then, and rank 0 for its GPU."""
+    faults: list[RuntimeError] = []
+    told: list[Exception] = []
+
+    def query() -> bool:
+        for one in faults:
+            raise one
+        return False
+
+    monkeypatch.setattr(rank_process, "DEVICE_POLL", 0.01)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=query))
+    with rank_process.ending_with_device(torch.device("cuda", 1), told.append):
+        time.sleep(0.1)
+        assert not told
+        faults.append(torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
+        wait_until(lambda: bool(told), 5)
+    assert told == faults

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from nextn.config.engine_config import EngineConfig
+from nextn.distributed.parallel import TensorParallel, leave
 from nextn.errors import ConfigError, PeerLost
+from nextn.execution import rank_process, ranks_beside
+from nextn.execution.engine import Engine
+from nextn.execution.step import Stepper
 from nextn.llm import LLM, SamplingParams
 
 from tests.checkpoints import tiny_config, write_checkpoint
@@ -41,8 +47,8 @@ def rank_pids(server: Launched) -> list[int]:
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[tuple[Launched, Launched]]:
-    flags = (*SMALL, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+def two_nodes(*more: str) -> Iterator[tuple[Launched, Launched]]:
+    flags = (*SMALL, *more, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
     with launched(*flags, module=MODULE) as first, launched(*flags, "--node-rank", "1", module=MODULE) as second:
         first.wait_ready(60)
         yield first, second
@@ -56,21 +62,34 @@ def one_rank() -> list[int]:
         return llm.generate(PROMPT, params)[0].output_ids
 
 
-class Endless:
-    """A request that only a failure ends before its 4000 tokens; the first ones are there."""
+class Streamed:
+    """A request whose first tokens are there."""
 
-    def __init__(self, server: Launched) -> None:
+    def __init__(self, server: Launched, num_tokens: int) -> None:
         self._server = server
+        self._num_tokens = num_tokens
         self._events: list[str] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         wait_until(lambda: len(self._events) > 2, 20)
 
     def _run(self) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}
+        sampling = {"temperature": 0, "max_new_tokens": self._num_tokens, "ignore_eos": True}
         body = {"text": PROMPT, "stream": True, "sampling_params": sampling}
         with self._server.http.stream("POST", "/generate", json=body) as response:
             self._events.extend(line for line in response.iter_lines() if line)
+
+    def last_event(self) -> str:
+        """But [DONE]."""
+        self._thread.join(1)
+        return self._events[-2]
+
+
+class Endless(Streamed):
+    """A request that only a failure ends before its 4000 tokens."""
+
+    def __init__(self, server: Launched) -> None:
+        super().__init__(server, 4000)
 
     def fails_within(self, seconds: float) -> str:
         """Checks that the server fails, and this request with it. Returns the server's last line."""
@@ -98,6 +117,25 @@ def test_two_nodes_serve_and_end_together_in_good_order(one_rank: list[int]) -> 
         assert answer(first)["output_ids"] == one_rank
         first.signal(signal.SIGTERM)
         assert (first.wait(), second.wait()) == (0, 0)
+
+
+def test_nodes_that_are_asked_to_stop_together_finish_what_runs() -> None:
+    """As Kubernetes, Slurm and systemd ask; the one that is not the first may be asked first."""
+    with two_nodes("--shutdown-timeout", "60") as (first, second):
+        running = Streamed(first, 300)
+        second.signal(signal.SIGTERM)
+        time.sleep(0.5)
+        first.signal(signal.SIGTERM)
+        assert (first.wait(70), second.wait()) == (0, 0)
+        assert '"finish_reason":{"type":"length"' in running.last_event()
+
+
+def test_a_node_that_alone_is_asked_to_stop_ends_all_in_the_end() -> None:
+    with two_nodes("--shutdown-timeout", "0") as (first, second):
+        second.signal(signal.SIGTERM)
+        assert second.wait() == 0
+        assert first.wait() == 1
+        assert first.err[-1] == f"nextn: error: node 1 ({HOST}): it was stopped\n"
 
 
 def test_a_killed_rank_ends_every_node_also_where_a_rank_waits_for_it_and_sees_nothing() -> None:
@@ -170,6 +208,67 @@ def test_a_program_can_have_ranks_beside_it_and_is_told_which_one_it_lost(one_ra
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PeerLost, match=rf"rank 1 of 2 \(pid {pid}\) was killed by SIGKILL"):
             llm.generate(PROMPT, params)
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[TensorParallel]:
+    """Groups that were left in good order."""
+    found: list[TensorParallel] = []
+
+    def watched(tp: TensorParallel) -> None:
+        found.append(tp)
+        leave(tp)
+
+    monkeypatch.setattr(rank_process, "leave", watched)
+    return found
+
+
+def test_a_group_that_lost_a_rank_is_not_left_and_its_recordings_are_dropped_at_once(
+    left: list[TensorParallel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To leave it, or to wait for the step under way, would be to wait for the lost rank."""
+    waits: list[bool] = []
+    monkeypatch.setattr(Stepper, "forget", lambda self, *, is_waited_for=True: waits.append(is_waited_for))
+    for is_lost in (False, True):
+        with LLM(max_total_tokens=8192, num_threads=1, tp_size=2, log_level="warning") as llm:
+            assert llm._ranks is not None
+            (pid,) = llm._ranks.pids
+            assert pid is not None
+            if is_lost:
+                os.kill(pid, signal.SIGKILL)
+                time.sleep(1)  # until its connections are seen to have ended
+        assert not torch.distributed.is_initialized()
+    assert waits == [True, False]
+    assert len(left) == 1
+
+
+def test_a_group_whose_engine_does_not_start_is_not_left(
+    left: list[TensorParallel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: EngineConfig, tp: TensorParallel) -> Engine:
+        raise ConfigError("it cannot")
+
+    monkeypatch.setattr(ranks_beside, "Engine", refuse)
+    with pytest.raises(ConfigError, match="it cannot"):
+        LLM(max_total_tokens=8192, num_threads=1, tp_size=2, log_level="error")
+    assert not torch.distributed.is_initialized()
+    assert not left
+
+
+UNCLOSED = """
+import atexit
+from nextn.llm import LLM
+
+if __name__ == "__main__":
+    atexit.register(lambda: print(llm._ranks._processes.have_ended_well))
+    llm = LLM(max_total_tokens=8192, num_threads=1, tp_size=2, log_level="warning")
+"""
+
+
+def test_a_program_that_ends_ends_the_other_ranks_in_good_order(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(UNCLOSED)
+    program = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=45)
+    assert (program.returncode, program.stdout, program.stderr) == (0, "True\n", "")
 
 
 PROGRAM = """

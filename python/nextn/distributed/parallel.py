@@ -37,6 +37,9 @@ MEETING_POLL = 0.05
 SIOCGIFADDR = 0x8915
 """Linux's ioctl for an interface's IPv4 address."""
 
+SIGNS_OF_A_LOSS = ("ncclRemoteError", "remote process exited", "onnection closed", "onnection reset", "Broken pipe")
+"""What NCCL's errors say where another rank is gone."""
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -151,13 +154,15 @@ def join(
 ) -> None:
     """Meet the other ranks, before the first operation. A process is in one group at a time, until it ``leave``s.
 
-    rendezvous: "file://PATH" for ranks of one machine, which then talk over the loopback interface only, or
-        "tcp://HOST:PORT", where rank 0 listens
+    rendezvous: "file://PATH" for ranks of one machine, or "tcp://HOST:PORT", where rank 0 listens. Sockets between
+        ranks use the loopback interface with a file, else the interface towards rank 0, unless the environment says
+        another one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)
     device: where the tensors will be; a CUDA device becomes the process's current one
     timeout: seconds to wait, for the others here and in each later call
     while_waiting: called now and then until all are here; may raise
     listener: of rank 0, a socket that listens at HOST:PORT already
-    Raises ConfigError if nobody can meet there, PeerLost if the others do not come.
+    Raises ConfigError if nobody can meet there, if ranks compute on devices of other types, or if NCCL cannot begin;
+    PeerLost if the others do not come.
     """
     if tp.size == 1:
         return
@@ -170,14 +175,20 @@ def join(
         raise ConfigError(
             f"{rendezvous}: the ranks cannot meet there: {_sentence(error)}; give a free port of node 0"
         ) from error
-    with _naming_the_loss(), _gloo_over(_interface_towards(rendezvous)):
-        store.set(f"here/{tp.rank}", "")
+    with _naming_the_loss(), _sockets_over(_interface_towards(rendezvous)):
+        store.set(f"here/{tp.rank}", device.type)
         deadline = time.monotonic() + timeout
         while not store.check([f"here/{rank}" for rank in range(tp.size)]):
             while_waiting()
             if time.monotonic() > deadline:
                 raise PeerLost(f"not all of {tp.size} ranks came to {rendezvous} within {timeout:g} s")
             time.sleep(MEETING_POLL)
+        for rank in range(tp.size):
+            if (found := store.get(f"here/{rank}").decode()) != device.type:
+                raise ConfigError(
+                    f"--device: rank {rank} computes on {found}, rank {tp.rank} on {device.type}; give all nodes the "
+                    "same --device, cuda to see why a GPU is not found"
+                )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -185,6 +196,8 @@ def join(
             world_size=tp.size,
             timeout=timedelta(seconds=timeout),
         )
+        if device.type == "cuda":
+            tp.all_reduce(torch.zeros(1, device=device))  # what NCCL cannot do shows before anything is loaded
 
 
 def _store_at(rendezvous: str, tp: TensorParallel, timeout: float, listener: socket.socket | None) -> dist.Store:
@@ -210,6 +223,16 @@ def leave(tp: TensorParallel) -> None:
         dist.destroy_process_group()
 
 
+def abandon() -> None:
+    """End the group that this process is in, if it is in one, without a word to ranks that may be lost."""
+    if not dist.is_initialized():
+        return
+    if "nccl" in dist.get_backend_config():
+        dist.distributed_c10d._abort_process_group()  # also ends what waits on the GPU
+    else:
+        dist.destroy_process_group()
+
+
 def _interface_towards(rendezvous: str) -> str | None:
     """The network interface over which the first rank's machine is reached; None where the system does not say."""
     where = urlparse(rendezvous)
@@ -232,7 +255,11 @@ def _naming_the_loss() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # of this rank's own device
         raise
-    except RuntimeError as error:  # gloo and NCCL raise nothing narrower
+    except RuntimeError as error:  # gloo raises nothing narrower
+        if isinstance(error, dist.DistBackendError) and not any(sign in str(error) for sign in SIGNS_OF_A_LOSS):
+            raise ConfigError(
+                f"NCCL: {_why_nccl_failed(str(error))}; start with NCCL_DEBUG=INFO to see more"
+            ) from error
         raise PeerLost(f"the connection to another rank was lost: {_sentence(error)}") from error
 
 
@@ -241,14 +268,20 @@ def _sentence(error: RuntimeError) -> str:
     return str(error).partition("\n")[0].partition(". ")[0]
 
 
+def _why_nccl_failed(message: str) -> str:
+    """NCCL's own words where it says any, which torch puts below its own."""
+    _, _, own = message.partition("Last error:\n")
+    return (own.strip() or message).partition("\n")[0].rstrip(".")
+
+
 @contextlib.contextmanager
-def _gloo_over(interface: str | None) -> Iterator[None]:
-    """gloo takes its interface from the environment only. What the user has set stays."""
-    if interface is None or "GLOO_SOCKET_IFNAME" in os.environ:
-        yield
-        return
-    os.environ["GLOO_SOCKET_IFNAME"] = interface
+def _sockets_over(interface: str | None) -> Iterator[None]:
+    """gloo and NCCL take their interface from the environment only. What the user has set stays."""
+    wanted = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ["GLOO_SOCKET_IFNAME"]
+        for name in added:
+            del os.environ[name]

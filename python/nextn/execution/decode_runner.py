@@ -147,12 +147,15 @@ class DecodeRunner:
         seconds = time.monotonic() - started
         logger.info("recorded %d CUDA graphs in %.1f s, %.2f GiB", len(kinds), seconds, taken / 2**30)
 
-    def forget(self) -> None:
-        """Give the recordings back. A group of ranks cannot end while recordings hold its operations."""
-        if self._recordings:
+    def forget(self, *, is_waited_for: bool = True) -> None:
+        """Give the recordings back. A group of ranks cannot end while recordings hold its operations.
+
+        is_waited_for: a step under way, which never ends if another rank is lost
+        """
+        if self._recordings and is_waited_for:
             torch.cuda.synchronize(self._state.device)
-            self._recordings.clear()
-            self._sizes = ()
+        self._recordings.clear()
+        self._sizes = ()
 
 
 def padded_sizes(max_seqs: int) -> tuple[int, ...]:

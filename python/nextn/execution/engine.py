@@ -12,10 +12,10 @@ import torch
 
 from nextn.config.engine_config import EngineConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
-from nextn.errors import RequestError
+from nextn.errors import PeerLost, RequestError
 from nextn.execution.counters import Counters
 from nextn.execution.outputs import check_request, failure, output_of, refusal
-from nextn.execution.rehearsal import check_numbers, run_canary, warm_up, warm_up_kernels
+from nextn.execution.rehearsal import prepare
 from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
 from nextn.execution.step import Stepper
 from nextn.kernels import native
@@ -71,20 +71,11 @@ class Engine:
         self._stepper = Stepper(
             self.scheduler, shard.cycle, policy, shard.runner, shard.grammars, overlap=config.enable_overlap
         )
-        check_numbers(self._stepper, vocab_size=self.vocab_size, context_length=self.context_length)
-        warm_up(
-            self._stepper, vocab_size=self.vocab_size, page_size=config.page_size, context_length=self.context_length
-        )
-        if shard.kv_cache.k.is_cuda:
-            warm_up_kernels(
-                self._stepper,
-                max_prefill_tokens=shard.max_prefill_tokens,
-                vocab_size=self.vocab_size,
-                context_length=self.context_length,
-            )
-        self._canary = run_canary(
+        self._canary = prepare(
             config,
             self._stepper,
+            device=shard.kv_cache.k.device,
+            max_prefill_tokens=shard.max_prefill_tokens,
             max_drafts=self.max_draft_steps,
             vocab_size=self.vocab_size,
             context_length=self.context_length,
@@ -196,8 +187,12 @@ class Engine:
         self._cycle.leader.still_here()
 
     def close(self) -> None:
-        """Let the other ranks end. Nothing can be computed afterwards."""
-        self._cycle.leader.finish()
+        """Let the other ranks end. Nothing can be computed afterwards. Raises PeerLost if one is lost."""
+        try:
+            self._cycle.leader.finish()
+        except PeerLost:
+            self._stepper.forget(is_waited_for=False)
+            raise
         self._stepper.forget()
 
     def flush_cache(self) -> int:

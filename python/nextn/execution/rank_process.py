@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
+import torch
 
 from nextn.config.engine_config import EngineConfig
 from nextn.config.ranks import PEER_LOST_EXIT_CODE, RankPlace
@@ -29,6 +31,9 @@ LOG_TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 PARENT_POLL = 0.3
 """Seconds between two looks whether the parent process still lives."""
+
+DEVICE_POLL = 1.0
+"""Seconds between two looks whether the GPU of a rank that follows still works."""
 
 OF_EACH_NODE = ("model_path", "draft_model_path", "tokenizer_path")
 """Settings that may differ between machines."""
@@ -91,27 +96,59 @@ def run_follower(
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent_pid)
+
+    def fail(error: Exception) -> NoReturn:
+        logger.error("rank %d failed", place.rank, exc_info=error)
+        _end_as_failed(EngineFailed(f"rank {place.rank}: {type(error).__name__}: {error}"), socket_dir)
+
     try:
         set_num_threads(config.model_path, num_threads, place.ranks_per_node)
         with joined(config, place) as tp:
             shard = load_shard(config, tp)
             logger.info("ready: KV pool of %d pages", shard.num_pages)
-            shard.follow(tp)
-        return
+            with ending_with_device(shard.kv_cache.k.device, fail):
+                shard.follow(tp)
     except PeerLost as error:
         end_as_lost(error)
     except NextnError as error:
         logger.error("%s", error)
-        failure = EngineFailed(str(error), user_error=True)
+        _end_as_failed(EngineFailed(str(error), user_error=True), socket_dir)
     except Exception as error:
-        logger.exception("rank %d failed", place.rank)
-        failure = EngineFailed(f"rank {place.rank}: {type(error).__name__}: {error}")
+        fail(error)
+
+
+@contextlib.contextmanager
+def ending_with_device(device: torch.device, fail: Callable[[Exception], None]) -> Iterator[None]:
+    """Within the block, ``fail`` from a thread when the GPU does. The block waits for rank 0, which waits for it."""
+    if device.type == "cpu":
+        yield
+        return
+    has_left = threading.Event()
+
+    def watch() -> None:
+        stream = torch.cuda.current_stream(device)
+        try:
+            while not has_left.wait(DEVICE_POLL):
+                stream.query()
+        except RuntimeError as error:
+            if not has_left.is_set():
+                fail(error)
+
+    threading.Thread(target=watch, name="device-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        has_left.set()
+
+
+def _end_as_failed(failure: EngineFailed, socket_dir: str | None) -> NoReturn:
     if socket_dir is not None:
         send_last_words(Path(socket_dir), failure)
+    logging.shutdown()
     os._exit(1)
 
 
-def end_as_lost(error: PeerLost) -> None:
+def end_as_lost(error: PeerLost) -> NoReturn:
     """End this process at once, without a reason of its own: whoever watches all ranks knows who was the first."""
     logger.error("%s", error)
     logging.shutdown()

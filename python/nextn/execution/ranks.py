@@ -82,7 +82,12 @@ class RankProcesses:
         if (cause := self._cause(well=well)) is not None:
             return cause
         lost = next((one for one in self._ended() if one[1].exitcode == PEER_LOST_EXIT_CODE), None)
-        return None if lost is None else f"{_name(*lost)} lost the ranks of another node; see the log there"
+        if lost is None:
+            return None
+        has_other_nodes = lost[0].ranks_per_node < lost[0].size
+        return f"{_name(*lost)} lost " + (
+            "the ranks of another node; see the log there" if has_other_nodes else "another rank; see the log"
+        )
 
     def wait_for_a_cause(self, timeout: float) -> None:
         """Until it is known what took the others with it, ``timeout`` seconds at most.
@@ -198,10 +203,9 @@ def _rank_main(
     num_threads: int | None,
     log_level: str,
 ) -> None:
-    """A rank's process. Signals that reach the whole process group are the server's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if socket_dir is not None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A rank's process. Signals that reach the whole process group are the business of whoever started it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if place.rank > 0:
         from nextn.execution.rank_process import run_follower
 

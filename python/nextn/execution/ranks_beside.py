@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 
 from nextn.config.engine_config import EngineConfig
+from nextn.distributed.parallel import abandon
 from nextn.errors import PeerLost
 from nextn.execution.engine import Engine
 from nextn.execution.rank_process import joined
@@ -37,6 +39,8 @@ class RanksBeside:
 
     When one of them ends or stands still, the others are ended too, so that no operation waits for them. What waits on
     a GPU waits all the same, and cannot be interrupted: then this process ends.
+
+    The group is left in good order only, else abandoned: to leave it would be to wait for those that are lost.
     """
 
     def __init__(self, config: EngineConfig, tp_size: int, num_threads: int | None, log_level: str) -> None:
@@ -50,6 +54,8 @@ class RanksBeside:
                 others, config, socket_dir=None, num_threads=num_threads, log_level=log_level
             )
             self._resources = resources.pop_all()
+        self._group = contextlib.ExitStack()
+        self._is_closing = False
         self._loss: str | None = None
         self._block: object | None = None
         self._closed = threading.Event()
@@ -60,14 +66,16 @@ class RanksBeside:
         return self._processes.pids
 
     def start_engine(self, config: EngineConfig) -> Engine:
-        """The engine of rank 0. If it cannot start, the other ranks end."""
+        """The engine of rank 0, closed at the end of the process at the latest. If it cannot start, all ranks end."""
         try:
-            with self.naming_losses():
-                tp = self._resources.enter_context(joined(config, self._mine, self._check_alive))
-                return Engine(config, tp)
+            with self.naming_losses(), contextlib.ExitStack() as group:
+                engine = Engine(config, group.enter_context(joined(config, self._mine, self._check_alive)))
+                self._group = group.pop_all()
+                atexit.register(self.close, engine)
+                return engine
         except BaseException:
-            self._closed.set()
             self._processes.end(0)
+            self._abandon()
             self._resources.close()
             raise
 
@@ -77,13 +85,13 @@ class RanksBeside:
 
     def _watch(self) -> None:
         """Until a rank is lost or all is over."""
-        while self._processes.why_ended() is None:
+        while (reason := self._processes.why_ended(well=not self._is_closing)) is None:
             if self._closed.wait(WATCH_POLL):
                 return
         self._processes.wait_for_a_cause(LAST_MOMENTS)
         if self._closed.is_set():
             return
-        self._loss = reason = self._processes.why_ended()
+        self._loss = reason = self._processes.why_ended(well=not self._is_closing) or reason
         self._processes.end(0)
         while not self._closed.is_set():
             block = self._block
@@ -94,11 +102,25 @@ class RanksBeside:
 
     def close(self, engine: Engine) -> None:
         """End the other ranks."""
+        if self._closed.is_set():
+            return
+        atexit.unregister(self.close)
+        self._is_closing = True  # from here on they may end
+        try:
+            with contextlib.suppress(PeerLost), self.naming_losses():
+                engine.close()
+                self._group.close()
+        finally:
+            self._abandon()
+            self._processes.end(EXIT_TIMEOUT)
+            self._resources.close()
+
+    def _abandon(self) -> None:
+        """End the group, if it has not been left, and the watch."""
+        with self.naming_losses():
+            self._group.pop_all()
+            abandon()
         self._closed.set()
-        with contextlib.suppress(PeerLost):
-            engine.close()
-        self._resources.close()
-        self._processes.end(EXIT_TIMEOUT)
 
     @contextlib.contextmanager
     def naming_losses(self) -> Iterator[None]:

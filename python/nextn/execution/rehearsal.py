@@ -7,6 +7,8 @@ import math
 import time
 from pathlib import Path
 
+import torch
+
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import CheckpointError
 from nextn.execution.step import Stepper
@@ -24,6 +26,34 @@ WARM_UP_TAILS = (4, 17, 100)
 """So have this many new tokens behind a long prefix."""
 
 logger = logging.getLogger(__name__)
+
+
+def prepare(
+    config: EngineConfig,
+    stepper: Stepper,
+    *,
+    device: torch.device,
+    max_prefill_tokens: int,
+    max_drafts: int,
+    vocab_size: int,
+    context_length: int,
+) -> CanaryResult:
+    """All that is computed before the first user comes. If it fails, the recordings of decode steps are given back.
+
+    max_drafts: 0 where nothing drafts
+    Raises CheckpointError if a weight is NaN, or if the draft is sick and the operator wants no such server.
+    """
+    try:
+        check_numbers(stepper, vocab_size=vocab_size, context_length=context_length)
+        warm_up(stepper, vocab_size=vocab_size, page_size=config.page_size, context_length=context_length)
+        if device.type == "cuda":
+            warm_up_kernels(
+                stepper, max_prefill_tokens=max_prefill_tokens, vocab_size=vocab_size, context_length=context_length
+            )
+        return run_canary(config, stepper, max_drafts=max_drafts, vocab_size=vocab_size, context_length=context_length)
+    except BaseException:
+        stepper.forget(is_waited_for=False)
+        raise
 
 
 def rehearse(

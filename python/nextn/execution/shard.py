@@ -219,7 +219,7 @@ def _compile_ahead(
 ) -> None:
     """Have the kernels of all steps compiled that this machine's ranks will record or warm up."""
     kv_cache = kv_cache_of(-(-context // config.page_size), META)
-    # The first rank alone adds what came before a layer; the last stands for all others.
+    # Where something does not divide evenly, the last rank's share is smaller.
     for rank in sorted({tp.rank, tp.size - 1}) if tp.is_first else [tp.rank]:
         one = replace(tp, rank=rank)
         models = without_memory(loaded, one, batch_invariant=config.batch_invariant)

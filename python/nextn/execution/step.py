@@ -103,11 +103,14 @@ class Stepper:
             return []
         return self._read(launched, policy)
 
-    def forget(self) -> None:
-        """Give back what the device holds for decode steps. Nothing can be computed afterwards."""
+    def forget(self, *, is_waited_for: bool = True) -> None:
+        """Give back what the device holds for decode steps. Nothing can be computed afterwards.
+
+        is_waited_for: see ``DecodeRunner.forget``
+        """
         self._launched = None
         if self._runner is not None:
-            self._runner.forget()
+            self._runner.forget(is_waited_for=is_waited_for)
 
     def _choose(self, policy: DraftLengthPolicy | None, num_drafts: int | None) -> int | None:
         if policy is None:

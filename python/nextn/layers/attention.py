@@ -18,6 +18,7 @@ from nextn.kernels.rope_and_cache import Rotation, rope_and_cache
 from nextn.layers.batch import ExtendBatch
 from nextn.layers.kv_cache import KVCache
 from nextn.layers.linear import Linear
+from nextn.layers.norm import Stream, sum_over_ranks
 from nextn.layers.storage import Shard, Slot
 from nextn.quantization.scheme import QuantizationConfig
 
@@ -105,17 +106,17 @@ class Attention(nn.Module):
         batch: ExtendBatch,
         kv_cache: KVCache,
         residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Stream:
         """Write the tokens' KV, attend over all of it.
 
         x: [T, H], normed; residual: [R, H], added, for the tokens whose output is read
-        Returns [R, H], summed over all ranks' heads.
+        Returns [R, H], summed over all ranks' heads, or with the residual yet to be added.
         """
         q, k_cache, v_cache = self._rotate_and_write(self.qkv_proj.forward(x), rotation, batch.slot_mapping, kv_cache)
         if batch.output_rows is not None:
             q = q.index_select(0, batch.output_rows)
         attended = self._attend(q, k_cache, v_cache, batch.layout)
-        return self.tp.all_reduce(self.o_proj.forward(attended, residual if self.tp.is_first else None))
+        return sum_over_ranks(self.tp, partial(self.o_proj.forward, attended), residual)
 
     def _attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, layout: AttentionLayout

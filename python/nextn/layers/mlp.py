@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from nextn.kernels.fused_moe import PackedExperts, dense_mlp, pack_experts
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows
 from nextn.kernels.silu_mul import silu_mul, silu_mul_quantize
 from nextn.layers.linear import Linear
+from nextn.layers.norm import Stream, sum_over_ranks
 from nextn.layers.storage import Shard, Slot
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
@@ -62,12 +64,12 @@ class MLP(nn.Module):
             return pack_experts((), (), (gate_up, down))
         return None
 
-    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x, residual: [T, H]. Returns [T, H], residual + mlp(x)."""
-        return self.tp.all_reduce(self.term(x, residual if self.tp.is_first else None))
+    def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> Stream:
+        """x, residual: [T, H]. Returns [T, H], residual + mlp(x), over several ranks yet to be added."""
+        return sum_over_ranks(self.tp, partial(self.term, x), residual)
 
     def term(self, x: torch.Tensor | Rows, residual: torch.Tensor | None) -> torch.Tensor:
-        """This rank's term of the sum that ``forward`` returns, plus residual."""
+        """This rank's term of mlp(x), plus residual."""
         if self.packed is not None and isinstance(x, torch.Tensor):
             return dense_mlp(x, self.packed, residual)
         gate_up, wanted = self.gate_up_proj.forward(x), self.down_proj.input_format

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,10 +19,10 @@ from nextn.errors import QuantizationError
 from nextn.kernels import gpu
 from nextn.kernels.fused_moe import PackedExperts, StackedExperts, expert_terms, fused_moe, pack_experts
 from nextn.kernels.linear import InputFormat, PackedWeight, Rows, pack_weight
-from nextn.kernels.moe_combine import moe_combine
+from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.router import MAX_TOKEN_TILES, route
 from nextn.layers.mlp import MLP, intermediate_unit
-from nextn.layers.norm import Stream
+from nextn.layers.norm import Stream, sum_over_ranks
 from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, shard_scale, weight_slots
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
@@ -96,7 +97,7 @@ class MoE(nn.Module):
         return self.experts.stacked([shard_scale(one.shards, one.scheme, one.scales)[0] for one in linears])
 
     def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> Stream:
-        """x, residual: [T, H]. Returns [T, H], residual + moe(x); on one GPU its terms, for the next norm to sum."""
+        """x, residual: [T, H]. Returns [T, H], residual + moe(x); on GPUs what it is the sum of, for the next norm."""
         config = self.config
         wide = x.wide if isinstance(x, Rows) else x
         assert wide is not None, "the router reads its input wide"
@@ -112,16 +113,29 @@ class MoE(nn.Module):
             counters=self.counters,
             batch_invariant=self.batch_invariant,
         )
-        residual = residual if self.tp.is_first else None
         if isinstance(self.packed, PackedExperts):
-            return self.tp.all_reduce(fused_moe(wide, ids, weights, self.packed, residual))
-        if self.shared_experts is not None and not self.packed.has_shared:
+            return sum_over_ranks(self.tp, partial(fused_moe, wide, ids, weights, self.packed), residual)
+        terms = partial(self._terms, self.packed, x, wide, ids, weights)
+        if self.tp.size == 1:
+            return terms(residual)
+        return sum_over_ranks(self.tp, lambda residual: moe_combine(terms(residual)), residual)
+
+    def _terms(
+        self,
+        packed: StackedExperts,
+        x: torch.Tensor | Rows,
+        wide: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> ExpertTerms:
+        """On a GPU, what this rank's share of routed and shared experts makes, and residual."""
+        if self.shared_experts is not None and not packed.has_shared:
             residual = self.shared_experts.term(x, residual)
         quantized = (x.q, x.scale) if isinstance(x, Rows) else None
-        terms = expert_terms(
-            wide, ids, weights, self.packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
+        return expert_terms(
+            wide, ids, weights, packed, residual, quantized=quantized, batch_invariant=self.batch_invariant
         )
-        return terms if self.tp.size == 1 else self.tp.all_reduce(moe_combine(terms))
 
 
 def _shared_is_alike(config: ModelConfig, quant_config: QuantizationConfig | None, prefix: str) -> bool:
