@@ -23,7 +23,9 @@ from tests.interpreter import stand_in_for_a_gpu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-m gpu`` chooses the tests that run on a GPU where there is one."""
+    """``-m gpu`` chooses the tests that run on a GPU where there is one. NEXTN_TESTS_NEED_GPU: there must be one."""
+    if "NEXTN_TESTS_NEED_GPU" in os.environ and not torch.cuda.is_available():
+        raise pytest.UsageError("NEXTN_TESTS_NEED_GPU is set, and torch finds no GPU")
     for item in items:
         if {"device", "cuda"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.gpu)
@@ -50,9 +52,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory is full of NaN or of the largest integer, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public function imports torch's compiler first
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
 Sections: {sections};
 and, where --only names it: tuning, which sweeps the kernels' tile sizes instead.
 Each runs in a process of its own and has a share of the time; what one leaves over the next ones have. One that fails
-is reported with its error, and does not stop the others. The files are written anew after every section. Every kernel
+is reported with its error, and does not stop the others. The files are written anew after every figure. Every kernel
 is held to a float64 reference before it is timed. Ends with exit code 1 if a section failed or a goal was not met.
 
 --rehearse runs everything with tiny shapes on a CPU, in Triton's interpreter, which takes minutes; --rehearse torch
@@ -31,14 +31,14 @@ from benchmarks.gpu.row import Failure, Machine, Outcome, Row
 
 SECTIONS = {
     "machine": 15,
-    "tests": 95,
+    "tests": 115,
     "compiling": 30,
     "model": 140,
     "moe": 40,
     "attention": 35,
     "matmul": 55,
     "embedded": 50,
-    "draft": 80,
+    "draft": 60,
 }
 """Seconds of each, or its share of TOTAL."""
 ASKED_FOR = {"tuning": 520}
@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument(
         "--rehearse", nargs="?", const="triton", choices=("triton", "torch"), help="tiny shapes, on a CPU"
     )
+    made.add_argument("--commit", metavar="NAME", help="of what is measured; default: what git says")
     made.add_argument("--in-process", action="store_true", help="without a process per section, for a debugger")
     options = made.parse_args(arguments)
     way: Way = options.rehearse or "gpu"
@@ -86,12 +87,18 @@ def main(arguments: list[str] | None = None) -> int:
     modules = {name: import_module(f"benchmarks.gpu.{MODULES[name]}") for name in chosen}
     run = run_here if options.in_process else run_isolated
 
-    date, commit = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), _commit()
+    date, commit = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), options.commit or _commit()
     machine: Machine | None = None
     found: dict[str, list[Outcome]] = {}
     seconds: dict[str, float] = {}
     share = options.seconds / sum(parts[name] for name in chosen)
     deadline = time.monotonic()
+
+    def save() -> None:
+        title = headline(machine, date, commit, is_rehearsal)
+        write(options.markdown, as_markdown(title, found, is_rehearsal=is_rehearsal))
+        write(options.json, as_json(title, machine, found, seconds))
+
     for name in chosen:
         deadline += parts[name] * share
         started = time.monotonic()
@@ -107,10 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(
                     "  " + "  |  ".join(cell for cell in cells(outcome, is_rehearsal=is_rehearsal) if cell), flush=True
                 )
+            seconds[name] = time.monotonic() - started
+            save()
         seconds[name] = time.monotonic() - started
-        title = headline(machine, date, commit, is_rehearsal)
-        write(options.markdown, as_markdown(title, found, is_rehearsal=is_rehearsal))
-        write(options.json, as_json(title, machine, found, seconds))
+        save()
+    title = headline(machine, date, commit, is_rehearsal)
     print("\n" + as_markdown(title, found, is_rehearsal=is_rehearsal))
     outcomes = [outcome for of_section in found.values() for outcome in of_section]
     has_failed = any(isinstance(outcome, Failure) for outcome in outcomes)

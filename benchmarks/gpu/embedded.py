@@ -8,6 +8,7 @@ from typing import Any
 from nextn import demo
 from nextn.config.engine_config import EngineConfig
 from nextn.execution.engine import Engine
+from nextn.kernels import native
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
 from nextn.text.tokenizer import Tokenizer
@@ -25,6 +26,8 @@ ACCEPT_GOAL = Goal(at_least=0.95, at_most=1.05)
 
 
 def measure(place: Place) -> Iterator[Outcome]:
+    if not place.is_rehearsal and native.cpu is None:
+        raise RuntimeError("the CPU's side needs nextn's compiled kernels; install it with a C compiler")
     num_prompts, num_tokens = (32, 96) if not place.is_rehearsal else (2, 3)
     folder = str(demo.checkpoint_dir())
     asked = prompts(Tokenizer(folder), num_prompts)

@@ -52,7 +52,7 @@ def run_isolated(name: str, section: Section, place: Place) -> Iterator[Outcome]
 
 
 def _run(section: Section, place: Place, sender: Connection) -> None:
-    os.setsid()  # so that whatever the section starts can be ended with it
+    os.setpgrp()  # so that whatever the section starts can be ended with it, and all with the session
     for outcome in run_here("section", section, place):
         sender.send(outcome)
     sender.send(None)

@@ -28,18 +28,21 @@ def measure(place: Place) -> Iterator[Outcome]:
             "processors": gpu.num_processors(place.device),
             "shared_memory": gpu.shared_memory(place.device),
         }
-    bandwidth = _copy_bandwidth(place)
+    bandwidth = flops = None
+    try:
+        bandwidth = _copy_bandwidth(place)
+    except Exception as error:
+        yield Failure("copy bandwidth", f"{type(error).__name__}: {error}")
     try:
         flops = _fp8_flops(place)
     except Exception as error:  # a card without FP8 units
-        flops = None
         yield Failure("FP8 product of torch", f"{type(error).__name__}: {error}")
     yield Machine(card, driver, versions, memory, bandwidth, flops, **of_card)
 
 
 def _copy_bandwidth(place: Place) -> float:
     """The better of torch's copy and of an elementwise kernel."""
-    source = torch.ones((1 << 12) if place.is_rehearsal else 1 << 29, device=place.device)
+    source = torch.randn((1 << 12) if place.is_rehearsal else 1 << 29, device=place.device)
     target = torch.empty_like(source)
     ways = (lambda: target.copy_(source), lambda: torch.add(source, 1.0, out=target))
     return 2 * source.nbytes / min(place.seconds_per_call([way]) for way in ways)

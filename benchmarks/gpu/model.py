@@ -23,18 +23,17 @@ import torch
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.execution import decode_runner, shard
-from nextn.execution.decode_runner import DecidedTokens, DecodeRunner, padded_sizes
+from nextn.execution.decode_runner import DecodeRunner, padded_sizes
 from nextn.execution.engine import Engine
 from nextn.execution.shard import MAX_NUM_DRAFT_STEPS
 from nextn.kernels.verify import NO_TOKEN
 from nextn.layers import moe
 from nextn.protocol.messages import AddRequest
-from nextn.protocol.ranks import DecodeBatch
 from nextn.protocol.sampling import TokenSampling
 from nextn.speculative.decode_step import DecodeStep
 
 from benchmarks.gpu.floors import FP8, best_ratio, head_bytes, kv_bytes, moe_layer_bytes, step_bytes
-from benchmarks.gpu.place import Place, attempt
+from benchmarks.gpu.place import Place, attempt, replayed
 from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of, raw_config
 
@@ -98,9 +97,12 @@ def measure(place: Place) -> Iterator[Outcome]:
             place.check_time(6, f"batches before {batch}")
             run = partial(_drafts_row, place, engine, config, batch, shape, plain)
             yield attempt(f"{shape}, batch {batch}, drafts", run)
-        for batch in sorted({1, max(batches)}):  # last, as a profiler that was on slows what follows
+        for batch in sorted({1, max(batches)}):
             place.check_time(3, "the steps themselves")
             yield attempt(f"{shape}, batch {batch}, idle", partial(_idle_row, place, engine, batch, shape))
+        if not place.is_rehearsal:  # last, as a profiler that was on slows what follows
+            place.check_time(3, "the steps")
+            yield attempt(f"{shape}, gaps", partial(_gaps_row, place, engine, shape))
 
 
 def _num_layers(place: Place) -> int:
@@ -118,10 +120,10 @@ def layers_that_fit(config: ModelConfig, num_bytes: int, num_tokens: int) -> int
     return max(min((num_bytes - fixed) // layer, config.num_hidden_layers), config.first_k_dense_replace + 1)
 
 
-def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int) -> tuple[Engine, float]:
+def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int) -> tuple[Engine, list[float]]:
     """The engine as it serves, with acceptance pinned and recordings of the batch sizes that are measured.
 
-    Returns also the seconds that recording took.
+    Returns also the seconds that recording took, and took when it was done again, with all kernels made.
     """
     (folder / "config.json").write_text(json.dumps(raw_config(NAME, place, config.num_hidden_layers)))
     engine_config = EngineConfig(
@@ -138,13 +140,13 @@ def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int)
         enable_prefix_cache=False,
         canary="off",
     )
-    record, seconds = DecodeRunner.record, 0.0
+    record, seconds = DecodeRunner.record, []
 
     def timed(*arguments: Any, **options: Any) -> None:
-        nonlocal seconds
-        started = time.perf_counter()
-        record(*arguments, **options)
-        seconds = time.perf_counter() - started
+        for _ in range(2):
+            started = time.perf_counter()
+            record(*arguments, **options)
+            seconds.append(time.perf_counter() - started)
 
     with (
         mock.patch.object(shard, "DecodeStep", PinnedDecodeStep),
@@ -160,20 +162,21 @@ def measured_sizes(most: int) -> tuple[int, ...]:
     return tuple(batch for batch in BATCHES if batch <= most)
 
 
-def _recording_row(engine: Engine, seconds: float, shape: str) -> Row:
+def _recording_row(engine: Engine, seconds: list[float], shape: str) -> Row:
     """What a server with default flags would take, which records more sizes and numbers of drafts."""
     runner = engine._stepper._runner
     assert runner is not None, "the engine decodes on the device"
     num_recorded = len(runner._recordings)
     num_by_default = 2 * len(padded_sizes(max(BATCHES))) * (MAX_NUM_DRAFT_STEPS + 1)
-    expected = seconds / num_recorded * num_by_default
+    first, again = seconds
+    expected = first + (num_by_default - num_recorded) * again / num_recorded
     return Row(
         f"{shape}, recording {num_by_default} CUDA graphs",
         RECORDING_GOAL,
         expected,
         "s",
         expected,
-        note=f"from {num_recorded}, which took {seconds:.1f} s",
+        note=f"from {num_recorded}, which took {first:.1f} s, and {again:.1f} s with all kernels made",
     )
 
 
@@ -195,27 +198,30 @@ def _step_row(place: Place, engine: Engine, config: ModelConfig, shape: str, pla
 
 
 def _idle_row(place: Place, engine: Engine, batch: int, shape: str) -> Row:
-    intervals = busy_intervals(place, engine, batch)
-    share = idle_share(intervals)
+    """What a step takes beyond its recording, replayed again and again. Copies to and from the host count as idle."""
+    step, busy = steady(place, engine, batch, 0).seconds, busy_seconds(place, engine, batch)
+    share = max(1 - busy / step, 0.0)
     return Row(
         f"{shape}, batch {batch}, no drafts, the GPU waits between steps",
         IDLE_GOAL,
         100 * share,
         "%",
         share,
-        note=f"over {len(intervals)} steps{_inside(place, engine, batch)}",
+        note=f"a step takes {1e3 * step:.3f} ms, its recording alone {1e3 * busy:.3f} ms",
     )
 
 
-def _inside(place: Place, engine: Engine, batch: int) -> str:
+def _gaps_row(place: Place, engine: Engine, shape: str) -> Row:
     """What is idle by the kernels' own times, gaps within a step included; these need a profiler, which costs time."""
-    if place.is_rehearsal:
-        return ""
-    try:
-        share = idle_share(kernel_intervals(place, engine, batch))
-    except Exception as error:
-        return f"; no kernel times: {type(error).__name__}"
-    return f"; {share:.1%} idle by the profiler's kernel times, gaps within steps included"
+    share = idle_share(kernel_intervals(place, engine, 1))
+    return Row(
+        f"{shape}, batch 1, no drafts, no kernel runs",
+        Goal(),
+        100 * share,
+        "%",
+        share,
+        note="by the profiler's times, gaps within steps included",
+    )
 
 
 def _drafts_row(
@@ -245,7 +251,10 @@ def _drafts_row(
 
 def _routing(place: Place, engine: Engine, config: ModelConfig, batch: int) -> str:
     """How many experts the random weights choose in fact; neighbours may choose alike."""
-    found = [touched_experts(place, engine, batch, drafts) for drafts in (0, NUM_DRAFTS)]
+    try:
+        found = [touched_experts(place, engine, batch, drafts) for drafts in (0, NUM_DRAFTS)]
+    except Exception as error:  # the figure of the row is there already
+        return f"; experts read: {type(error).__name__}: {error}"
     moved = [step_bytes(config, batch, found[0]), step_bytes(config, batch * (NUM_DRAFTS + 1), found[1])]
     return (
         f"; experts read per layer {found[0]:.1f} and {found[1]:.1f}, {moved[0] / 1e9:.1f} and {moved[1] / 1e9:.1f} GB"
@@ -263,6 +272,14 @@ class _Running:
         self.prompt_len = PROMPT_LEN if not place.is_rehearsal else 8
 
     def __enter__(self) -> _Running:
+        try:
+            self._start()
+        except BaseException:
+            self.engine.abort(None)
+            raise
+        return self
+
+    def _start(self) -> None:
         draw = random.Random(0)
         for i in range(self.batch):
             prompt = [draw.randrange(self.engine.vocab_size) for _ in range(self.prompt_len)]
@@ -270,7 +287,6 @@ class _Running:
             assert self.engine.add(AddRequest(rid=f"run-{i}", input_ids=prompt, sampling=sampling)) is None
         while self.engine.scheduler.num_decoding < self.batch:
             self.step()
-        return self
 
     def step(self) -> int:
         """Returns the number of tokens it brought."""
@@ -315,55 +331,20 @@ def idle_share(busy: Intervals) -> float:
     return idle / (reached - first) if reached > first else 0.0
 
 
-class _Marked:
-    """A recording that notes when the card begins and ends it."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        self._graph = graph
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def replay(self) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self._graph.replay()
-        end.record()
-        self.events.append((start, end))
-
-
-def busy_intervals(place: Place, engine: Engine, batch: int) -> Intervals:
-    """When the card worked on decode steps; in a rehearsal, when they were launched."""
+def busy_seconds(place: Place, engine: Engine, batch: int) -> float:
+    """What a decode step's recording takes, the last one's end its only beginning; in a rehearsal, what a step does."""
     runner = engine._stepper._runner
     assert runner is not None, "the engine decodes on the device"
-    num_steps = 40 if not place.is_rehearsal else 2
-    if place.is_rehearsal:
-        noted: Intervals = []
-        launch = runner.launch
-
-        def noting(step: DecodeBatch, *masks: Any) -> DecidedTokens:
-            started = time.perf_counter()
-            decided = launch(step, *masks)
-            noted.append((started, time.perf_counter()))
-            return decided
-
-        with mock.patch.object(runner, "launch", noting), _Running(place, engine, batch, 0) as running:
-            for _ in range(num_steps):
-                running.step()
-        return noted
-    recording = runner._recordings[batch, 0, True]
-    graph = recording.graph
-    marked = _Marked(graph)
     with _Running(place, engine, batch, 0) as running:
-        for _ in range(WARM_STEPS):
+        for _ in range(WARM_STEPS if not place.is_rehearsal else 1):
             running.step()
-        recording.graph = marked  # type: ignore[assignment]
-        try:
-            for _ in range(num_steps):
-                running.step()
-        finally:
-            recording.graph = graph
+        if place.is_rehearsal:
+            started = time.perf_counter()
+            running.step()
+            return time.perf_counter() - started
         torch.cuda.synchronize()
-    origin = marked.events[0][0]
-    return [(origin.elapsed_time(start) / 1e3, origin.elapsed_time(end) / 1e3) for start, end in marked.events]
+        graph = runner._recordings[batch, 0, True].graph
+        return statistics.median(replayed(graph, STEPS_PER_ROUND) for _ in range(ROUNDS))
 
 
 def kernel_intervals(place: Place, engine: Engine, batch: int) -> Intervals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import traceback
@@ -17,6 +18,10 @@ from benchmarks.gpu.row import Failure, Machine, Outcome, Row
 WINDOW = 0.02
 """Seconds that a repeat takes at least: many times what starting it costs."""
 REPEATS = 5
+GRAPH = 1e-3
+"""Seconds that a graph takes at least, so that what starting it costs hides neither side's gain."""
+MAX_CALLS = 1024
+"""Of a graph."""
 MAX_COPIES = 64
 
 
@@ -82,18 +87,25 @@ class Place:
     def seconds_per_call(
         self, calls: Sequence[Callable[[], object]], *, window: float = WINDOW, num_repeats: int = REPEATS
     ) -> float:
-        """Median time of one of the calls, which run in turn as one recorded graph.
+        """Median time of one of the calls, which run in turn, again and again, as one recorded graph.
 
         window: seconds that a repeat takes at least
         """
+        return self.seconds_side_by_side([calls], window=window, num_repeats=num_repeats)[0]
+
+    def seconds_side_by_side(
+        self, sides: Sequence[Sequence[Callable[[], object]]], *, window: float = WINDOW, num_repeats: int = REPEATS
+    ) -> list[float]:
+        """``seconds_per_call`` of each side, whose repeats take turns: the card's clock is the same for all."""
         if self.is_rehearsal:
-            started = time.perf_counter()
-            for call in calls:
-                call()
-            return (time.perf_counter() - started) / len(calls)
-        graph = _recorded(calls)
-        repeats = max(round(window / max(_replayed(graph, 1), 1e-6)), 1)
-        return statistics.median(_replayed(graph, repeats) for _ in range(num_repeats)) / len(calls)
+            return [_seconds_in_turn(calls) for calls in sides]
+        graphs = [_long_graph(calls) for calls in sides]
+        repeats = [max(round(window / max(replayed(graph, 1), 1e-6)), 1) for graph, _ in graphs]
+        found: list[list[float]] = [[] for _ in sides]
+        for _ in range(num_repeats):
+            for (graph, num_calls), times, of_side in zip(graphs, repeats, found, strict=True):
+                of_side.append(replayed(graph, times) / num_calls)
+        return [statistics.median(of_side) for of_side in found]
 
 
 @contextmanager
@@ -105,6 +117,20 @@ def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patches:
         stand_in_for_a_gpu(patches)
         yield
+
+
+def _seconds_in_turn(calls: Sequence[Callable[[], object]]) -> float:
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - started) / len(calls)
+
+
+def _long_graph(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph that takes GRAPH seconds, and how many calls it holds."""
+    graph = _recorded(calls)
+    times = min(math.ceil(GRAPH / max(replayed(graph, 1), 1e-6)), max(MAX_CALLS // len(calls), 1))
+    return (graph, len(calls)) if times == 1 else (_recorded([*calls] * times), times * len(calls))
 
 
 def _recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -123,7 +149,7 @@ def _recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+def replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     """Seconds per replay."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -145,11 +171,11 @@ def attempt(what: str, run: Callable[[], Row]) -> Outcome:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory is full of NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public function imports torch's compiler first
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch._C._set_deterministic_algorithms(False)
 
 
 def check(got: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str) -> None:

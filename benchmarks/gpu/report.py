@@ -25,7 +25,7 @@ def cells(outcome: Row | Failure, *, is_rehearsal: bool = False) -> tuple[str, .
         against,
         f"{outcome.ratio:.3g}",
         "rehearsed" if is_rehearsal else "yes" if outcome.is_met else "NO",
-        outcome.note,
+        " ".join(outcome.note.split()),
     )
 
 
@@ -73,5 +73,8 @@ def as_json(
 
 
 def write(path: Path | None, content: str | dict[str, Any]) -> None:
+    """In place of what was there, whole at any time."""
     if path is not None:
-        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+        new.replace(path)

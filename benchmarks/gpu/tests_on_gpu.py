@@ -21,6 +21,8 @@ MAX_PROCESSES = 12
 MARGIN = 2.0
 """Seconds before the deadline at which what is still running is given up."""
 NONE = Goal(at_most=0)
+NEEDS_GPU = "NEXTN_TESTS_NEED_GPU"
+"""With it in the environment, tests without a GPU fail; else they would run in Triton's interpreter."""
 
 
 def measure(place: Place) -> Iterator[Outcome]:
@@ -29,7 +31,10 @@ def measure(place: Place) -> Iterator[Outcome]:
     if place.is_rehearsal:
         functions = {"tests/gpu/test_sanitizer.py": ["test_kernels_neither_leave_their_memory_nor_race"]}
     pool = ThreadPoolExecutor(max(min(MAX_PROCESSES, (os.cpu_count() or 2) - 2), 1))
-    running = {pool.submit(run, file, name): file for file, names in functions.items() for name in names}
+    needs_gpu = not place.is_rehearsal
+    running = {
+        pool.submit(run, file, name, needs_gpu=needs_gpu): file for file, names in functions.items() for name in names
+    }
     try:
         yield from _rows(running, place.deadline - MARGIN)
     finally:
@@ -74,13 +79,14 @@ def functions_of_gpu() -> dict[str, list[str]]:
     return found
 
 
-def run(file: str, name: str) -> ElementTree.Element:
-    """Returns pytest's report, as JUnit writes them."""
+def run(file: str, name: str, *, needs_gpu: bool = True) -> ElementTree.Element:
+    """Returns pytest's report, as JUnit writes them. Raises RuntimeError if there is none, as without a GPU."""
+    environment = {**os.environ, NEEDS_GPU: "1"} if needs_gpu else None
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", f"{file}::{name}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if not report.exists():
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1) or not report.exists():  # neither passed nor failed
             raise RuntimeError(f"pytest {name} ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
         return ElementTree.parse(report).getroot()
 

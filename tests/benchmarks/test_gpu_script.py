@@ -27,7 +27,7 @@ from benchmarks.gpu.model import idle_share, layers_that_fit, pinned
 from benchmarks.gpu.place import OutOfTimeError, Place, check
 from benchmarks.gpu.report import as_markdown, cells
 from benchmarks.gpu.row import Failure, Goal, Machine, Outcome, Row
-from benchmarks.gpu.tests_on_gpu import functions_of_gpu, row_of
+from benchmarks.gpu.tests_on_gpu import functions_of_gpu, row_of, run
 from tests.headers import published_config
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +271,31 @@ def test_pinned_acceptance_keeps_two_drafts_or_a_shorter_chain() -> None:
     num, chain = pinned(torch.tensor([0, 3, 0]), tokens, drafts)
     assert num.tolist() == [2, 2, 1]
     assert chain.tolist() == [[5, 6, 9, -1], [5, 6, 8, -1], [5, 4, -1, -1]]
+
+
+def test_sides_take_turns_in_graphs_that_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where starting a graph costs three microseconds, a call of ten is not taken for more than that."""
+    replayed: list[int] = []
+
+    def replay(graph: list[Any], repeats: int) -> float:
+        replayed.append(len(graph))
+        return 3e-6 + sum(call() for call in graph)
+
+    monkeypatch.setattr(place, "_recorded", list)
+    monkeypatch.setattr(place, "replayed", replay)
+    sides = [[lambda: 10e-6] * 4, [lambda: 25e-6], [lambda: 2e-3]]
+    found = Place("gpu", 0).seconds_side_by_side(sides)
+    assert found == pytest.approx([10e-6, 25e-6, 2e-3], rel=0.005)
+    lengths = replayed[-3 * place.REPEATS :]
+    assert lengths[:3] * place.REPEATS == lengths
+    assert lengths[2] == 1
+
+
+def test_a_test_that_needs_a_gpu_does_not_pass_without() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="torch finds no GPU"):
+        run("tests/kernels/test_triton_sampling.py", "test_draws_equal_torchs")
 
 
 def test_a_wrong_element_or_an_unwritten_one_fails_the_check() -> None:
