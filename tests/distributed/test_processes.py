@@ -272,7 +272,7 @@ def test_a_program_that_ends_ends_the_other_ranks_in_good_order(tmp_path: Path) 
 
 
 PROGRAM = """
-import os, signal, time
+import os, signal, sys, time
 from nextn.llm import LLM
 
 if __name__ == "__main__":
@@ -282,16 +282,23 @@ if __name__ == "__main__":
         os.kill(pid, signal.SIGKILL)
         time.sleep(60)
     llm.engine.step = step
+    llm.engine.close = lambda: time.sleep(60)
     print(pid, flush=True)
-    llm.generate("Where?")
+    if sys.argv[1] == "step":
+        llm.generate("Where?")
 """
 
 
-def test_a_program_that_waits_for_a_lost_rank_on_a_gpu_is_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_up", ["step", "close"])
+def test_a_program_that_waits_for_a_rank_on_a_gpu_is_ended(tmp_path: Path, held_up: str) -> None:
     """Such a wait cannot be interrupted. Here it is a sleep."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    program = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=45)
-    reason = f"rank 1 of 2 (pid {program.stdout.strip()}) was killed by SIGKILL"
+    command = [sys.executable, tmp_path / "program.py", held_up]
+    program = subprocess.run(command, capture_output=True, text=True, timeout=45)
+    reason = {
+        "step": f"rank 1 of 2 (pid {program.stdout.strip()}) was killed by SIGKILL",
+        "close": "the ranks did not leave each other within 5 s",
+    }[held_up]
     assert program.returncode == 1, program.stderr
     assert program.stderr.splitlines()[-1] == f"nextn: error: {reason}, and this process waits for it"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
-from nextn import LLM, SamplingParams
+from nextn import LLM, SamplingParams, kernels
 from nextn.kernels import native
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
@@ -20,3 +22,13 @@ def test_torch_gives_the_same_answer_and_the_log_tells_why_it_is_slow(
     (without,) = LLM().generate("Once upon a time", GREEDY)
     assert [record.levelname for record in caplog.records if "C compiler" in record.getMessage()] == ["WARNING"]
     assert without.output_ids == before.output_ids
+
+
+def test_kernels_that_another_version_compiled_are_not_called(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a pull of an editable installation."""
+    monkeypatch.setattr(kernels, "_cpu", types.ModuleType("_cpu"), raising=False)
+    assert native.load() is None
+    assert "interface 0, expected 1" in caplog.text
+    assert "pip install -e ." in caplog.text

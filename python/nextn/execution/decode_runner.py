@@ -129,17 +129,21 @@ class DecodeRunner:
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        console = Console(stderr=True)
-        for size, num_drafts, is_greedy in track(kinds, "recording CUDA graphs", console=console, disable=not show):
-            batch = self._of_padding(size, num_drafts, is_greedy=is_greedy)
-            rows = self._rows(batch, size).to(device)
-            with torch.cuda.stream(stream):
-                self._state.forget_padding()
-                self._run(rows, batch)  # compiles kernels, and lets libraries make what cannot be made while recording
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                output = self._run(rows, batch)
-            self._recordings[size, num_drafts, is_greedy] = _Recording(graph, rows, output)
+        shown = track(kinds, "recording CUDA graphs", console=Console(stderr=True), disable=not show)
+        try:
+            for size, num_drafts, is_greedy in shown:
+                batch = self._of_padding(size, num_drafts, is_greedy=is_greedy)
+                rows = self._rows(batch, size).to(device)
+                with torch.cuda.stream(stream):
+                    self._state.forget_padding()
+                    self._run(rows, batch)  # compiles kernels, and lets libraries make what graphs cannot hold
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    output = self._run(rows, batch)
+                self._recordings[size, num_drafts, is_greedy] = _Recording(graph, rows, output)
+        except BaseException:
+            self.forget(is_waited_for=False)
+            raise
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         self._sizes = sizes

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 
 from nextn.config.engine_config import EngineConfig
@@ -55,7 +56,7 @@ class RanksBeside:
             )
             self._resources = resources.pop_all()
         self._group = contextlib.ExitStack()
-        self._is_closing = False
+        self._closing_since: float | None = None
         self._loss: str | None = None
         self._block: object | None = None
         self._closed = threading.Event()
@@ -85,13 +86,13 @@ class RanksBeside:
 
     def _watch(self) -> None:
         """Until a rank is lost or all is over."""
-        while (reason := self._processes.why_ended(well=not self._is_closing)) is None:
+        while (reason := self._why_lost()) is None:
             if self._closed.wait(WATCH_POLL):
                 return
         self._processes.wait_for_a_cause(LAST_MOMENTS)
         if self._closed.is_set():
             return
-        self._loss = reason = self._processes.why_ended(well=not self._is_closing) or reason
+        self._loss = reason = self._why_lost() or reason
         self._processes.end(0)
         while not self._closed.is_set():
             block = self._block
@@ -100,12 +101,19 @@ class RanksBeside:
                 logging.shutdown()
                 os._exit(1)
 
+    def _why_lost(self) -> str | None:
+        if self._closing_since is None:
+            return self._processes.why_ended()
+        if time.monotonic() - self._closing_since > EXIT_TIMEOUT:  # as when a step was interrupted
+            return f"the ranks did not leave each other within {EXIT_TIMEOUT:g} s"
+        return self._processes.why_ended(well=False)
+
     def close(self, engine: Engine) -> None:
         """End the other ranks."""
         if self._closed.is_set():
             return
         atexit.unregister(self.close)
-        self._is_closing = True  # from here on they may end
+        self._closing_since = time.monotonic()
         try:
             with contextlib.suppress(PeerLost), self.naming_losses():
                 engine.close()

@@ -2,6 +2,9 @@
 
 from types import ModuleType
 
+interface: int
+"""See ``native.INTERFACE``."""
+
 instruction_sets: dict[str, ModuleType]
 """This module for every instruction set that the processor has, the widest first, which is the module's own."""
 

@@ -5,16 +5,35 @@ They serve float32 on a CPU. Every kernel has a torch reference, which runs wher
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 
 import torch
 
-try:
-    from nextn.kernels import _cpu
+INTERFACE = 1
+"""Of the compiled kernels that this code calls. A clone that was pulled may have older ones until it is reinstalled."""
 
-    cpu: ModuleType | None = _cpu
-except ImportError:
-    cpu = None
+logger = logging.getLogger(__name__)
+
+
+def load() -> ModuleType | None:
+    """The compiled kernels, if there are any that this code can call."""
+    try:
+        from nextn.kernels import _cpu
+    except ImportError:
+        return None
+    if (found := getattr(_cpu, "interface", 0)) != INTERFACE:
+        logger.warning(
+            "the compiled CPU kernels are those of another version of nextn (interface %d, expected %d) and stay "
+            "unused; install nextn again: pip install -e .",
+            found,
+            INTERFACE,
+        )
+        return None
+    return _cpu
+
+
+cpu: ModuleType | None = load()
 
 
 def suits(x: torch.Tensor) -> bool:

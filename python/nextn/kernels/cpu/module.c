@@ -10,6 +10,9 @@ typedef struct {
     const Kernels *kernels;
 } InstructionSet;
 
+/* Raised here and in native.py when a kernel comes or goes, or its arguments or their meaning change. */
+enum { INTERFACE = 1 };
+
 enum { MAX_SETS = 3 };
 
 /* Those that this processor has, the widest first; returns their number. */
@@ -134,6 +137,7 @@ PyMODINIT_FUNC PyInit__cpu(void) {
         Py_XDECREF(one);
     }
     failed = failed || PyModule_AddObjectRef(module, "instruction_sets", by_name);
+    failed = failed || PyModule_AddIntConstant(module, "interface", INTERFACE);
     Py_XDECREF(by_name);
     if (failed) Py_CLEAR(module);
     return module;
