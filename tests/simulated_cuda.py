@@ -220,6 +220,9 @@ class _Graph:
     def __exit__(self, *error: object) -> None:
         self._mode.recording = None
 
+    def reset(self) -> None:
+        self._operations = []
+
     def replay(self) -> None:
         self._mode.num_replays += 1
         with torch._C.DisableTorchFunction(), torch.inference_mode():

@@ -44,7 +44,7 @@ DRAFT_GOALS = {1: 1.1, 4: 1.1, 16: 1.6, 64: 2.0}
 STEP_GOAL, IDLE_GOAL, RECORDING_GOAL = Goal(at_most=1.3), Goal(at_most=0.03), Goal(at_most=60)
 CONTEXT, PROMPT_LEN = 512, 64
 MEMORY_FRACTION, WORKING_BYTES = 0.9, 5 << 30
-ROUNDS, STEPS_PER_ROUND, WARM_STEPS = 5, 20, 8
+ROUNDS, STEPS_PER_ROUND, WARM_STEPS, IDLE_TURNS = 5, 20, 8, 3
 
 
 class PinnedDecodeStep(DecodeStep):
@@ -144,6 +144,7 @@ def make_engine(place: Place, config: ModelConfig, folder: Path, max_batch: int)
 
     def timed(*arguments: Any, **options: Any) -> None:
         for _ in range(2):
+            arguments[0].forget()
             started = time.perf_counter()
             record(*arguments, **options)
             seconds.append(time.perf_counter() - started)
@@ -199,7 +200,11 @@ def _step_row(place: Place, engine: Engine, config: ModelConfig, shape: str, pla
 
 def _idle_row(place: Place, engine: Engine, batch: int, shape: str) -> Row:
     """What a step takes beyond its recording, replayed again and again. Copies to and from the host count as idle."""
-    step, busy = steady(place, engine, batch, 0).seconds, busy_seconds(place, engine, batch)
+    turns = [
+        (steady(place, engine, batch, 0).seconds, busy_seconds(place, engine, batch))
+        for _ in range(IDLE_TURNS if not place.is_rehearsal else 1)
+    ]
+    step, busy = (statistics.median(of_turn) for of_turn in zip(*turns, strict=True))
     share = max(1 - busy / step, 0.0)
     return Row(
         f"{shape}, batch {batch}, no drafts, the GPU waits between steps",
@@ -332,7 +337,7 @@ def idle_share(busy: Intervals) -> float:
 
 
 def busy_seconds(place: Place, engine: Engine, batch: int) -> float:
-    """What a decode step's recording takes, the last one's end its only beginning; in a rehearsal, what a step does."""
+    """What a decode step's recording takes, replayed without a pause; in a rehearsal, what a step does."""
     runner = engine._stepper._runner
     assert runner is not None, "the engine decodes on the device"
     with _Running(place, engine, batch, 0) as running:

@@ -126,7 +126,7 @@ def _follow(args: ServerArgs) -> int:
         try:
             reason = _watch(ranks, nodes)
         except Stopped:  # node 0 may have been asked too, and finishes its responses first
-            logger.info("node %d was asked to stop, and waits for node 0 to end", args.node_rank)
+            logger.info("node %d was asked to stop, and waits for node 0; asked again it ends at once", args.node_rank)
             reason = _watch(ranks, nodes, args.shutdown_timeout + CAUSE_TIMEOUT)
         grace = 0.0 if reason else ENGINE_EXIT_TIMEOUT
         return 0 if reason is None else _complain(reason, 1)

@@ -113,7 +113,7 @@ class LLM:
     model_path: a folder or hub name; None is the embedded model
     options: any field of ServerArgs that concerns the engine, such as ``speculative_num_steps=0``. With ``tp_size`` the
         other ranks are processes beside this one; they import the main script again, so that it needs the usual
-        ``if __name__ == "__main__":``. A process can have one such LLM at a time.
+        ``if __name__ == "__main__":``. A process can have one such LLM at a time, until it is closed.
     """
 
     def __init__(self, model_path: str | None = None, **options: Any) -> None:

@@ -131,15 +131,19 @@ def nccl_error(kind: str, own: str) -> dist.DistBackendError:
 
 def test_what_nccl_says_is_told_and_taken_for_a_loss_only_where_it_is_one() -> None:
     full = "Error while creating shared memory segment /dev/shm/nccl-ab, error: No space left on device (28)"
-    with pytest.raises(ConfigError) as found, parallel._naming_the_loss():
+    with pytest.raises(ConfigError) as found, parallel._naming_the_loss(begins=True), parallel._naming_the_loss():
         raise nccl_error("ncclSystemError", full)
     assert str(found.value) == f"NCCL: {full}; start with NCCL_DEBUG=INFO to see more"
+    with pytest.raises(dist.DistBackendError), parallel._naming_the_loss():
+        raise nccl_error("ncclUnhandledCudaError", "Cuda failure 700 'an illegal memory access was encountered'")
     for kind, own in (
         ("ncclRemoteError", "socketProgress: Connection closed by remote peer"),
         ("ncclSystemError", "Call to recv failed: Connection reset by peer"),
     ):
-        with pytest.raises(PeerLost, match="the connection to another rank was lost"), parallel._naming_the_loss():
+        with pytest.raises(PeerLost, match="another rank was lost"), parallel._naming_the_loss(begins=True):
             raise nccl_error(kind, own)
+    with pytest.raises(PeerLost), parallel._naming_the_loss(begins=True):
+        raise dist.DistBackendError("[1] is setting up NCCL communicator: got 0 bytes. Connection was likely closed.")
 
 
 def test_ranks_on_devices_of_other_types_do_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +162,10 @@ def test_sockets_between_ranks_are_where_the_user_says(monkeypatch: pytest.Monke
         assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth3", "=ib0")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib0"
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    with parallel._sockets_over("eth3"):
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth3"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
 
 
 def test_a_fault_of_this_ranks_own_device_is_no_loss_of_another() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from nextn.config.engine_config import EngineConfig
 from nextn.config.ranks import RankPlace
+from nextn.distributed.parallel import abandon
 from nextn.execution.engine import Engine
 from nextn.execution.rank_process import end_with_parent, joined
 from nextn.execution.ranks import places_of_node
@@ -69,11 +70,14 @@ def run_over(num_ranks: int, folder: Path, requests: list[AddRequest]) -> tuple[
         context.Process(target=follow, args=(config, place, sender, os.getpid()), daemon=True).start()
         sender.close()
         found.append(receiver)
-    with pytest.MonkeyPatch.context() as patch, SimulatedCuda(patch) as mode, joined(config, mine) as tp:
-        engine = Engine(config, tp)
-        outputs = run_all(engine, requests)
-        engine.close()
-        replays.append(mode.num_replays)
+    try:
+        with pytest.MonkeyPatch.context() as patch, SimulatedCuda(patch) as mode, joined(config, mine) as tp:
+            engine = Engine(config, tp)
+            outputs = run_all(engine, requests)
+            engine.close()
+            replays.append(mode.num_replays)
+    finally:
+        abandon()
     return outputs, replays + [one.recv() for one in found]
 
 

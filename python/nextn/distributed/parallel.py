@@ -37,8 +37,11 @@ MEETING_POLL = 0.05
 SIOCGIFADDR = 0x8915
 """Linux's ioctl for an interface's IPv4 address."""
 
-SIGNS_OF_A_LOSS = ("ncclRemoteError", "remote process exited", "onnection closed", "onnection reset", "Broken pipe")
-"""What NCCL's errors say where another rank is gone."""
+SIGNS_OF_A_LOSS = (
+    *("ncclRemoteError", "remote process exited", "Connection closed", "Connection was likely closed"),
+    *("Connection reset", "Broken pipe"),
+)
+"""What NCCL's errors, and torch's around them, say where another rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TensorParallel:
     Tensors without memory (of torch's device meta) are not exchanged.
 
     ranks_per_node: ranks that share a machine
-    Raises PeerLost from any call if another rank is gone.
+    Raises PeerLost from any call if another rank is gone, torch's DistBackendError if NCCL fails otherwise.
     """
 
     rank: int = 0
@@ -156,7 +159,7 @@ def join(
 
     rendezvous: "file://PATH" for ranks of one machine, or "tcp://HOST:PORT", where rank 0 listens. Sockets between
         ranks use the loopback interface with a file, else the interface towards rank 0, unless the environment says
-        another one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)
+        another one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); that of NCCL's own files does not count
     device: where the tensors will be; a CUDA device becomes the process's current one
     timeout: seconds to wait, for the others here and in each later call
     while_waiting: called now and then until all are here; may raise
@@ -175,7 +178,7 @@ def join(
         raise ConfigError(
             f"{rendezvous}: the ranks cannot meet there: {_sentence(error)}; give a free port of node 0"
         ) from error
-    with _naming_the_loss(), _sockets_over(_interface_towards(rendezvous)):
+    with _naming_the_loss(begins=True), _sockets_over(_interface_towards(rendezvous)):
         store.set(f"here/{tp.rank}", device.type)
         deadline = time.monotonic() + timeout
         while not store.check([f"here/{rank}" for rank in range(tp.size)]):
@@ -250,13 +253,16 @@ def _interface_towards(rendezvous: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _naming_the_loss() -> Iterator[None]:
+def _naming_the_loss(*, begins: bool = False) -> Iterator[None]:
+    """begins: whether what NCCL cannot do is a matter of the machine's configuration"""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # of this rank's own device
         raise
     except RuntimeError as error:  # gloo raises nothing narrower
         if isinstance(error, dist.DistBackendError) and not any(sign in str(error) for sign in SIGNS_OF_A_LOSS):
+            if not begins:
+                raise
             raise ConfigError(
                 f"NCCL: {_why_nccl_failed(str(error))}; start with NCCL_DEBUG=INFO to see more"
             ) from error

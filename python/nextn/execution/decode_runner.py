@@ -129,20 +129,23 @@ class DecodeRunner:
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        shown = track(kinds, "recording CUDA graphs", console=Console(stderr=True), disable=not show)
+        console = Console(stderr=True)
+        graphs: list[torch.cuda.CUDAGraph] = []
         try:
-            for size, num_drafts, is_greedy in shown:
+            for size, num_drafts, is_greedy in track(kinds, "recording CUDA graphs", console=console, disable=not show):
                 batch = self._of_padding(size, num_drafts, is_greedy=is_greedy)
                 rows = self._rows(batch, size).to(device)
                 with torch.cuda.stream(stream):
                     self._state.forget_padding()
                     self._run(rows, batch)  # compiles kernels, and lets libraries make what graphs cannot hold
-                graph = torch.cuda.CUDAGraph()
+                graphs.append(graph := torch.cuda.CUDAGraph())
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     output = self._run(rows, batch)
                 self._recordings[size, num_drafts, is_greedy] = _Recording(graph, rows, output)
         except BaseException:
-            self.forget(is_waited_for=False)
+            self._recordings.clear()
+            for graph in graphs:  # whoever looks at the error still holds them
+                graph.reset()
             raise
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
@@ -156,10 +159,14 @@ class DecodeRunner:
 
         is_waited_for: a step under way, which never ends if another rank is lost
         """
-        if self._recordings and is_waited_for:
-            torch.cuda.synchronize(self._state.device)
-        self._recordings.clear()
-        self._sizes = ()
+        try:
+            if self._recordings and is_waited_for:
+                torch.cuda.synchronize(self._state.device)
+        finally:
+            for recording in self._recordings.values():
+                recording.graph.reset()
+            self._recordings.clear()
+            self._sizes = ()
 
 
 def padded_sizes(max_seqs: int) -> tuple[int, ...]:

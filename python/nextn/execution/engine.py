@@ -103,8 +103,8 @@ class Engine:
         if shard.kv_cache.k.is_cpu:
             if native.cpu is None:
                 logger.warning(
-                    "the compiled CPU kernels are missing, and torch computes in their place, more slowly; install a C "
-                    "compiler, then nextn again"
+                    "the compiled CPU kernels are missing or of another version, and torch computes in their place, "
+                    "more slowly; install nextn again, with a C compiler"
                 )
             else:
                 logger.info("CPU kernels: compiled, for %s", next(iter(native.cpu.instruction_sets)))

@@ -203,9 +203,10 @@ def _rank_main(
     num_threads: int | None,
     log_level: str,
 ) -> None:
-    """A rank's process. Signals that reach the whole process group are the business of whoever started it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A rank's process. Signals that reach the whole process group are the server's business, or another node's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if socket_dir is not None or place.ranks_per_node < place.size:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if place.rank > 0:
         from nextn.execution.rank_process import run_follower
 

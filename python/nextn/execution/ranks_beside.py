@@ -22,6 +22,9 @@ from nextn.execution.ranks import RankProcesses, places_of_node
 EXIT_TIMEOUT = 5.0
 """Seconds for the other ranks to leave after they were told to."""
 
+LEAVING_LIMIT = 30.0
+"""Seconds in which the group ends in good order."""
+
 LAST_MOMENTS = 1.0
 """Seconds between the loss of a rank's connection and the end of its process."""
 
@@ -74,7 +77,8 @@ class RanksBeside:
                 self._group = group.pop_all()
                 atexit.register(self.close, engine)
                 return engine
-        except BaseException:
+        except BaseException as error:
+            self._loss = f"rank 0 cannot start: {error}"
             self._processes.end(0)
             self._abandon()
             self._resources.close()
@@ -92,20 +96,22 @@ class RanksBeside:
         self._processes.wait_for_a_cause(LAST_MOMENTS)
         if self._closed.is_set():
             return
-        self._loss = reason = self._why_lost() or reason
+        self._loss = reason = self._loss or self._why_lost() or reason
         self._processes.end(0)
         while not self._closed.is_set():
             block = self._block
             if not self._closed.wait(HELD_UP_LIMIT) and block is not None and block is self._block:
                 print(f"nextn: error: {reason}, and this process waits for it", file=sys.stderr, flush=True)
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
                 logging.shutdown()
                 os._exit(1)
 
     def _why_lost(self) -> str | None:
         if self._closing_since is None:
             return self._processes.why_ended()
-        if time.monotonic() - self._closing_since > EXIT_TIMEOUT:  # as when a step was interrupted
-            return f"the ranks did not leave each other within {EXIT_TIMEOUT:g} s"
+        if time.monotonic() - self._closing_since > LEAVING_LIMIT:  # as when a step was interrupted
+            return f"the ranks did not leave each other within {LEAVING_LIMIT:g} s"
         return self._processes.why_ended(well=False)
 
     def close(self, engine: Engine) -> None:
@@ -124,8 +130,8 @@ class RanksBeside:
             self._resources.close()
 
     def _abandon(self) -> None:
-        """End the group, if it has not been left, and the watch."""
-        with self.naming_losses():
+        """End the group, if it has not been left, and the watch. An error on the way there says nothing new."""
+        with contextlib.suppress(Exception), self.naming_losses():
             self._group.pop_all()
             abandon()
         self._closed.set()

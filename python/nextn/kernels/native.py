@@ -5,15 +5,12 @@ They serve float32 on a CPU. Every kernel has a torch reference, which runs wher
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 
 import torch
 
 INTERFACE = 1
 """Of the compiled kernels that this code calls. A clone that was pulled may have older ones until it is reinstalled."""
-
-logger = logging.getLogger(__name__)
 
 
 def load() -> ModuleType | None:
@@ -22,15 +19,7 @@ def load() -> ModuleType | None:
         from nextn.kernels import _cpu
     except ImportError:
         return None
-    if (found := getattr(_cpu, "interface", 0)) != INTERFACE:
-        logger.warning(
-            "the compiled CPU kernels are those of another version of nextn (interface %d, expected %d) and stay "
-            "unused; install nextn again: pip install -e .",
-            found,
-            INTERFACE,
-        )
-        return None
-    return _cpu
+    return _cpu if getattr(_cpu, "interface", 0) == INTERFACE else None
 
 
 cpu: ModuleType | None = load()

@@ -97,7 +97,7 @@ class MoE(nn.Module):
         return self.experts.stacked([shard_scale(one.shards, one.scheme, one.scales)[0] for one in linears])
 
     def forward(self, x: torch.Tensor | Rows, residual: torch.Tensor | None = None) -> Stream:
-        """x, residual: [T, H]. Returns [T, H], residual + moe(x); on GPUs what it is the sum of, for the next norm."""
+        """x, residual: [T, H]. Returns [T, H], residual + moe(x), or what it is the sum of, for the next norm."""
         config = self.config
         wide = x.wide if isinstance(x, Rows) else x
         assert wide is not None, "the router reads its input wide"

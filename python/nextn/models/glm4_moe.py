@@ -70,8 +70,9 @@ class Glm4MoeDecoderLayer(nn.Module):
         attention, mlp = self.self_attn, self.mlp
         if batch.output_rows is not None:
             x = x.index_select(0, batch.output_rows)
-        attended = attention.forward(normed, rotation, batch, kv_cache, residual=x)
-        x, normed = self.post_attention_layernorm.forward_for(attended, mlp.input_format)
+        x, normed = self.post_attention_layernorm.forward_for(
+            attention.forward(normed, rotation, batch, kv_cache, residual=x), mlp.input_format
+        )
         return mlp.forward(normed, residual=x)
 
     def write_kv(self, x: torch.Tensor, rotation: Rotation, slot_mapping: torch.Tensor, kv_cache: KVCache) -> None:
