@@ -220,6 +220,10 @@ class _Graph:
     def __exit__(self, *error: object) -> None:
         self._mode.recording = None
 
+    @property
+    def holds_operations(self) -> bool:
+        return bool(self._operations)
+
     def reset(self) -> None:
         self._operations = []
 

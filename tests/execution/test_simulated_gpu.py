@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nextn.config.engine_config import EngineConfig
+from nextn.errors import ConfigError
 from nextn.execution.decode_runner import DecodeRunner, Masks
 from nextn.execution.engine import Engine
 from nextn.protocol.messages import AddRequest
@@ -102,3 +104,28 @@ def test_a_grammar_holds_and_its_steps_are_recorded(
     assert said[0] in "ab"
     assert said[-1] == "!"
     assert not not_recorded
+
+
+def test_where_recording_fails_no_graph_keeps_what_it_recorded(
+    folder: Path, simulated: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the error has the graphs, and while they hold its operations a group of ranks cannot be aborted."""
+    graphs: list[Any] = []
+    make, run = torch.cuda.CUDAGraph, DecodeRunner._run
+
+    def make_another() -> Any:
+        graphs.append(make())
+        return graphs[-1]
+
+    def run_or_fail(self: DecodeRunner, rows: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
+        decided = run(self, rows, batch)
+        if len(graphs) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decided
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make_another)
+    monkeypatch.setattr(DecodeRunner, "_run", run_or_fail)
+    with pytest.raises(ConfigError, match="--cuda-graph-max-bs"):
+        engine_on_gpu(folder, num_draft_steps=0)
+    assert len(graphs) == 2
+    assert not any(graph.holds_operations for graph in graphs)
