@@ -38,7 +38,7 @@ ENGINE_EXIT_TIMEOUT = 5.0
 NODE_POLL_INTERVAL = 0.1
 
 CAUSE_TIMEOUT = 5.0
-"""Seconds after the loss of another node in which it says why: its server finishes its responses first."""
+"""Seconds after the end of another node in which it says why, or that all is in order."""
 
 
 class Stopped(Exception):

@@ -296,7 +296,7 @@ def test_a_program_that_waits_for_a_rank_on_a_gpu_is_ended(tmp_path: Path, held_
     """Such a wait cannot be interrupted. Here it is a sleep."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, tmp_path / "program.py", held_up]
-    program = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    program = subprocess.run(command, capture_output=True, text=True, timeout=45)
     reason = {
         "step": f"rank 1 of 2 (pid {program.stdout.strip()}) was killed by SIGKILL",
         "close": "the ranks did not leave each other within 2 s",
