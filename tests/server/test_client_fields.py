@@ -220,6 +220,7 @@ def test_continuous_usage_counts_up_to_the_total(app: App, path: str, with_last:
     body = {"messages": HELLO} if path == CHAT else {"prompt": ["hello there", "x"]}
     body |= {"max_tokens": 12, "n": 2, "seed": 1}
     total = app.http.post(path, json=body).json()["usage"]
+    app.engine.behaviour.step_seconds = 0.05  # a late server joins steps into one chunk
     options = {"continuous_usage_stats": True, "include_usage": with_last, "include_obfuscation": False}
     response = app.http.post(path, json={**body, "stream": True, "stream_options": options})
     events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]

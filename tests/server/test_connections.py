@@ -175,8 +175,8 @@ TOOL = {"type": "function", "function": {"name": "f", "description": WORDS * 20_
 def test_a_long_text_does_not_hold_up_other_requests(app: App, path: str, body: dict[str, Any]) -> None:
     payload = json.dumps(body).encode()
 
-    async def measure() -> tuple[float, float]:
-        """Seconds that the request takes, and the longest that another one takes meanwhile."""
+    async def measure() -> float:
+        """The share of the request's time that the slowest of other requests takes meanwhile."""
         longest = 0.0
         async with httpx.AsyncClient(base_url=app.url, timeout=60, verify=False) as client:
             begun_at = time.monotonic()
@@ -185,10 +185,10 @@ def test_a_long_text_does_not_hold_up_other_requests(app: App, path: str, body: 
                 sent_at = time.monotonic()
                 await client.get("/health")
                 longest = max(longest, time.monotonic() - sent_at)
-            return time.monotonic() - begun_at, longest
+            return longest / (time.monotonic() - begun_at)
 
-    took, longest = asyncio.run(measure())
-    assert longest < 0.6 * took  # about 0.1; all of it where the server does nothing else
+    # about 0.1 on a quiet machine; always 1 where the server does nothing else
+    assert min(asyncio.run(measure()) for _ in range(3)) < 0.4
 
 
 def test_keep_alive_connections_serve_request_after_request(app: App) -> None:

@@ -410,10 +410,13 @@ def test_an_engine_error_before_the_first_token_is_a_500_with_its_reason(make_ap
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, GENERATE])
 def test_an_engine_error_in_mid_stream_is_an_error_event_and_the_end(make_app: AppFactory, path: str) -> None:
-    app = make_app(behaviour=Behaviour(error_after_tokens=2, tokens_per_step=1, step_seconds=0.05))
-    response = app.http.post(path, json={**VALID[path], "stream": True})
-    assert response.status_code == 200
-    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    app = make_app(behaviour=Behaviour(step_seconds=0.2, tokens_per_step=1))
+    events = []
+    with app.http.stream("POST", path, json={**VALID[path], "stream": True}) as response:
+        assert response.status_code == 200
+        for line in filter(None, response.iter_lines()):
+            events.append(line.removeprefix("data: "))
+            app.engine.behaviour.error_after_tokens = 0
     assert "error" not in json.loads(events[0])
     assert json.loads(events[-1])["error"]["message"] == "a kernel failed"
     assert "[DONE]" not in events

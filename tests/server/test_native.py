@@ -15,7 +15,28 @@ from tests.server.fake_engine import EOS, Behaviour
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     """The JSON of every event; checks that the stream ends as the API says."""
-    payloads = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return parsed(response.text.splitlines())
+
+
+def events_of_every_step(app: App, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of one request, one a step: a step begins when the event of the one before has been read.
+
+    A server that is late joins the steps it has missed into one event, as it should.
+    """
+    engine = app.engine
+    engine.behaviour.hang_after_tokens = engine.num_tokens + 1
+    lines = []
+    with app.http.stream("POST", "/generate", json={**body, "stream": True}) as response:
+        for line in response.iter_lines():
+            lines.append(line)
+            if line:
+                engine.behaviour.hang_after_tokens = engine.num_tokens + 1
+    engine.behaviour.hang_after_tokens = None
+    return parsed(lines)
+
+
+def parsed(lines: list[str]) -> list[dict[str, Any]]:
+    payloads = [line.removeprefix("data: ") for line in lines if line]
     assert payloads[-1] == "[DONE]"
     return [json.loads(payload) for payload in payloads[:-1]]
 
@@ -49,8 +70,8 @@ def test_token_ids_go_in_and_come_out(app: App) -> None:
 def test_streamed_text_is_cumulative_and_ends_with_done(app: App) -> None:
     body = {"text": "one two three", "sampling_params": {"max_new_tokens": 8}}
     whole = app.http.post("/generate", json=body).json()
-    events = events_of(app.http.post("/generate", json={**body, "stream": True}))
-    assert len(events) > 1
+    events = events_of_every_step(app, body)
+    assert len(events) == 4
     for earlier, later in itertools.pairwise(events):
         assert later["text"].startswith(earlier["text"])
         assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
@@ -62,12 +83,11 @@ def test_streamed_text_is_cumulative_and_ends_with_done(app: App) -> None:
 
 def test_a_stream_has_the_ids_of_tokens_that_are_not_shown(app: App) -> None:
     app.engine.behaviour.script = [40, EOS, EOS, EOS, EOS, EOS, 41]
-    body = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 7, "ignore_eos": True}}
-    events = events_of(app.http.post("/generate", json=body))
+    events = events_of_every_step(app, {"text": "x", "sampling_params": {"max_new_tokens": 7, "ignore_eos": True}})
     text = app.services.require_tokenizer().token_text
-    assert len(events) >= 3
+    assert len(events) == 4
     assert events[1]["text"] == text(40)
-    assert events[1]["output_ids"][:3] == [40, EOS, EOS]
+    assert events[1]["output_ids"] == [40, EOS, EOS, EOS]
     assert events[-1]["text"] == text(40) + text(41)
 
 
@@ -174,7 +194,7 @@ def test_without_a_tokenizer_only_token_ids_are_served(make_app: AppFactory) -> 
     app = make_app("--skip-tokenizer-init", with_tokenizer=False)
     body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
     assert app.http.post("/generate", json=body).json()["output_ids"] == [5, 6, 5]
-    events = events_of(app.http.post("/generate", json={**body, "stream": True}))
+    events = events_of_every_step(app, body)
     assert [event["output_ids"] for event in events] == [[5, 6], [5, 6, 5]]
     for path, wrong in (
         ("/generate", {"text": "x"}),
