@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextn.launch_server import resolve_model
+from nextn.checkpoint.hub import resolved_config
+from nextn.config.server_args import ServerArgs
 from nextn.text.tokenizer import Tokenizer
 
 from benchmarks.common import alternate, parser, prompts, ratio, report, timed
@@ -46,7 +47,7 @@ def main() -> None:
     made.add_argument("--streams", type=int, nargs="+", default=NUM_STREAMS, help="at once")
     made.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], help="beside kept, dropped and off")
     args = made.parse_args()
-    folder = resolve_model(args.model_path)
+    folder = resolved_config(ServerArgs(model_path=args.model_path)).model_path
     batch = prompts(Tokenizer(folder), args.num_prompts or (24 if args.quick else 96))
     flags = ["--model-path", folder, "--disable-radix-cache", "--max-total-tokens", "32768", "--device", args.device]
     flags += ["--max-running-requests", str(max(args.streams))]

@@ -137,6 +137,8 @@ def drop_draft_quantization() -> None:
             dtype=dtype,
             has_own_head=plan.has_own_head,
             has_own_embedding=plan.has_own_embedding,
+            has_fp8_head=plan.has_fp8_head,
+            tp=tp,
         )
 
     def fill_raw(model: loader.Model, index: Any, layout: Layout, seed: int, **options: Any) -> None:

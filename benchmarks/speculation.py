@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from nextn import demo
-from nextn.execution.engine import MAX_NUM_DRAFT_STEPS
+from nextn.config.engine_config import MAX_NUM_DRAFT_STEPS
 from nextn.llm import LLM, SamplingParams
 from safetensors.torch import load_file, save_file
 

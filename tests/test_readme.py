@@ -15,11 +15,12 @@ PACKAGE = Path(nextn.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
+LINES = "\n".join(BLOCKS).replace("\\\n", " ").splitlines()
+
 
 def commands(module: str) -> list[list[str]]:
     """The arguments of every command line that starts a module."""
-    lines = "\n".join(BLOCKS).replace("\\\n", " ").splitlines()
-    found = [line.split(f"python -m {module}", 1)[1] for line in lines if f"python -m {module}" in line]
+    found = [line.split(f"python -m {module}", 1)[1] for line in LINES if f"python -m {module}" in line]
     return [shlex.split(arguments, comments=True) for arguments in found]
 
 
@@ -28,6 +29,10 @@ def test_the_commands_are_understood() -> None:
     assert [ServerArgs.from_cli(argv, {}).tp_size for argv in servers] == [1, 8]
     (load,) = commands("nextn.bench_serving")
     assert parse_options(load).num_prompts == 64
+    (image,) = [line.split(" nextn ", 1)[1] for line in LINES if line.startswith("docker run")]
+    assert ServerArgs.from_cli(shlex.split(image), {}).tp_size == 8
+    (compose,) = [line.split("docker", 1)[0] for line in LINES if "docker compose" in line]
+    assert ServerArgs.from_cli([], dict(setting.split("=") for setting in compose.split())).tp_size == 8
     for module in re.findall(r"python -m ([\w.]+)", README):
         path = Path(*module.split("."))
         places = [ROOT / path, ROOT / "python" / path]

@@ -47,7 +47,8 @@ def run_isolated(name: str, section: Section, place: Place) -> Iterator[Outcome]
         yield Failure(name, f"its process ended early, with exit code {process.exitcode}")
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            assert process.pid is not None, "it was started"
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 

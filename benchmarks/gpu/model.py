@@ -20,12 +20,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from nextn.config.engine_config import EngineConfig
+from nextn.config.engine_config import MAX_NUM_DRAFT_STEPS, EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.execution import decode_runner, shard
 from nextn.execution.decode_runner import DecodeRunner, padded_sizes
 from nextn.execution.engine import Engine
-from nextn.execution.shard import MAX_NUM_DRAFT_STEPS
 from nextn.kernels.verify import NO_TOKEN
 from nextn.layers import moe
 from nextn.protocol.messages import AddRequest

@@ -26,6 +26,7 @@ from nextn.errors import ConfigError, NextnError
 from nextn.execution.ranks import EngineEntry, RankProcesses, places_of_node
 
 if TYPE_CHECKING:
+    from nextn.config.engine_config import EngineConfig
     from nextn.config.server_args import ServerArgs
     from nextn.protocol.channel import ServerEnd
     from nextn.protocol.messages import EngineReady
@@ -74,9 +75,10 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
 
 def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | None) -> int:
     """Start the engine's processes, serve around them, and leave neither them nor their socket directory behind."""
+    from nextn.checkpoint.hub import resolved_config
     from nextn.protocol.channel import ServerEnd, private_socket_dir
 
-    model_path = resolve_model(args.model_path)
+    config = resolved_config(args)
     socket_dir = private_socket_dir()
     end = ServerEnd(socket_dir)  # bound before the engine starts, so that even its last words arrive
     engine: RankProcesses | None = None
@@ -86,15 +88,15 @@ def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | 
     try:
         if args.nnodes == 1:
             rendezvous = f"tcp://{args.dist_init_addr}" if args.dist_init_addr else f"file://{socket_dir}/rendezvous"
-            engine = _spawn(args, model_path, rendezvous, socket_dir=socket_dir, engine_entry=engine_entry)
+            engine = _spawn(args, config, rendezvous, socket_dir=socket_dir, engine_entry=engine_entry)
         else:
             nodes, of_ranks = _admit_nodes(args)
             with of_ranks:  # from here on the first rank's own
                 rendezvous = _rendezvous(args, of_ranks.getsockname()[1])
                 engine = _spawn(
-                    args, model_path, rendezvous, socket_dir=socket_dir, nodes=nodes, listener_of_ranks=of_ranks
+                    args, config, rendezvous, socket_dir=socket_dir, nodes=nodes, listener_of_ranks=of_ranks
                 )
-        reason, is_engine_well = _serve(args, model_path, end, listener, engine)
+        reason, is_engine_well = _serve(args, config.model_path, end, listener, engine)
         grace = ENGINE_EXIT_TIMEOUT if is_engine_well else 0.0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -110,7 +112,9 @@ def _run(args: ServerArgs, listener: socket.socket, engine_entry: EngineEntry | 
 
 def _follow(args: ServerArgs) -> int:
     """Run the ranks of a node that is not the first, until they end or one of them, or another node, fails."""
-    model_path = resolve_model(args.model_path)
+    from nextn.checkpoint.hub import resolved_config
+
+    config = resolved_config(args)
     nodes, ranks_port = reach_first_node(
         args.dist_init_addr or "",
         node_rank=args.node_rank,
@@ -122,7 +126,7 @@ def _follow(args: ServerArgs) -> int:
     reason: str | None = "it was stopped"
     grace = 0.0
     try:
-        ranks = _spawn(args, model_path, _rendezvous(args, ranks_port), nodes=nodes)
+        ranks = _spawn(args, config, _rendezvous(args, ranks_port), nodes=nodes)
         try:
             reason = _watch(ranks, nodes)
         except Stopped:  # node 0 may have been asked too, and finishes its responses first
@@ -151,17 +155,6 @@ def _watch(ranks: RankProcesses, nodes: Nodes, timeout: float = math.inf) -> str
     return None
 
 
-def resolve_model(model_path: str | None) -> str:
-    """A folder on this machine: the embedded model for None, else the folder itself or a download of a hub name."""
-    if model_path is None:
-        from nextn.demo import checkpoint_dir
-
-        return str(checkpoint_dir())
-    from nextn.checkpoint.hub import resolve_model as resolve
-
-    return str(resolve(model_path))
-
-
 def _admit_nodes(args: ServerArgs) -> tuple[Nodes, socket.socket]:
     """Wait for the other nodes from now on. Returns also a socket where the first rank will meet the other ranks."""
     port = int((args.dist_init_addr or "").rpartition(":")[2])
@@ -188,7 +181,7 @@ def _timeout(args: ServerArgs) -> float:
 
 def _spawn(
     args: ServerArgs,
-    model_path: str,
+    config: EngineConfig,
     rendezvous: str,
     *,
     socket_dir: Path | None = None,
@@ -207,7 +200,7 @@ def _spawn(
     )
     processes = RankProcesses(
         places,
-        args.engine_config(model_path),
+        config,
         socket_dir=None if socket_dir is None else str(socket_dir),
         num_threads=args.num_threads,
         log_level=args.log_level,
@@ -215,7 +208,7 @@ def _spawn(
         why_others_ended=(lambda: None) if nodes is None else nodes.why_lost,
     )
     for place, pid in zip(places, processes.pids, strict=True):
-        logger.info("engine process started rank=%d pid=%d model=%s", place.rank, pid, model_path)
+        logger.info("engine process started rank=%d pid=%d model=%s", place.rank, pid, config.model_path)
     return processes
 
 
@@ -227,6 +220,7 @@ def _serve(
 
     import uvloop
 
+    from nextn.checkpoint.hub import model_name
     from nextn.server.app import create_app
     from nextn.server.engine_client import EngineClient
     from nextn.server.metrics import Metrics
@@ -236,7 +230,7 @@ def _serve(
     from nextn.text.grammar_compiler import GrammarProver
     from nextn.text.tokenizer import Tokenizer
 
-    served_model_name = args.served_model_name or Path(model_path).resolve().name
+    served_model_name = args.served_model_name or model_name(args, model_path)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(args.tokenizer_path or model_path, args.chat_template)
     url = _url(args.host, listener.getsockname()[1])
 

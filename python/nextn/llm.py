@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nextn import demo
-from nextn.checkpoint.hub import resolve_model
+from nextn.checkpoint.hub import resolved_config
 from nextn.config.server_args import ServerArgs
 from nextn.errors import ConfigError, RequestError
 from nextn.execution.engine import Engine
@@ -120,7 +119,7 @@ class LLM:
         args = ServerArgs(model_path=model_path, **options)
         if args.nnodes > 1:
             raise ConfigError(f"nnodes: found {args.nnodes}, expected 1; several nodes serve with launch_server")
-        config = args.engine_config(str(demo.checkpoint_dir() if model_path is None else resolve_model(model_path)))
+        config = resolved_config(args)
         set_num_threads(config.model_path, args.num_threads, args.tp_size)
         self._ranks: RanksBeside | None = None
         if args.tp_size > 1:

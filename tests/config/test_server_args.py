@@ -98,7 +98,7 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
         (["--chunked-prefill-size", "-2"], "--chunked-prefill-size: found '-2'"),
         (["--speculative-num-steps", "6"], "--speculative-num-steps: found '6', expected .* at most 5"),
         (["--speculative-eagle-topk", "2"], "--speculative-eagle-topk: found 2, expected 1: .* chain"),
-        (["--speculative-num-draft-tokens", "5"], "--speculative-num-draft-tokens: found 5, expected 4"),
+        (["--speculative-num-draft-tokens", "7"], "--speculative-num-draft-tokens: found '7', expected .* at most 6"),
         (
             ["--speculative-num-steps", "1", "--speculative-num-draft-tokens", "4"],
             "--speculative-num-draft-tokens: found 4, expected 2",
@@ -113,7 +113,19 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
         ),
         (
             ["--speculative-algorithm", "none", "--speculative-num-draft-tokens", "4"],
-            "--speculative-num-draft-tokens: found 4, expected 1",
+            "--speculative-num-draft-tokens: found 4 together with --speculative-algorithm none",
+        ),
+        (
+            ["--speculative-algorithm", "none", "--speculative-canary", "fail"],
+            "--speculative-canary: found fail together with --speculative-algorithm none",
+        ),
+        (
+            ["--speculative-algorithm", "none", "--speculative-draft-head", "fp8"],
+            "--speculative-draft-head: found fp8 together with --speculative-algorithm none",
+        ),
+        (
+            ["--speculative-algorithm", "none", "--speculative-draft-model-quantization", "unquant"],
+            "--speculative-draft-model-quantization: found unquant together with --speculative-algorithm none",
         ),
         (["--max-total-tokens", "31"], "--max-total-tokens: found 31, expected at least two pages .*32"),
         (["--api-key", ""], "--api-key: found nothing, expected text"),
@@ -212,7 +224,7 @@ def test_a_path_object_names_a_model() -> None:
         (["--speculative-algorithm", "NEXTN"], 3),
         (["--speculative-algorithm", "eagle", "--speculative-num-steps", "2"], 2),
         (["--speculative-num-steps", "0"], 0),
-        (["--speculative-num-draft-tokens", "4"], None),
+        (["--speculative-num-draft-tokens", "4"], 3),
         (
             [
                 "--speculative-algorithm",

@@ -50,7 +50,7 @@ def test_the_embedded_model_is_well() -> None:
         "✓ drafts",
         "detected in config.json, group_0",
         "To serve it",
-        "headers, scales and norms",
+        "headers and values",
     ):
         assert text in told.stdout
     assert "\x1b[" not in told.stdout, "no colour where the output is no terminal"

@@ -18,6 +18,7 @@ from nextn.execution.engine import Engine
 
 from tests.conftest import request, run_all
 from tests.headers import published_config
+from tests.simulated_cuda import SimulatedCuda
 
 CUDA = torch.device("cuda")
 
@@ -34,6 +35,17 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--tp-size: a machine runs 2 ranks or more, but has 1 GPUs"):
         choose_device("auto", local_rank=1)
+
+
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, SimulatedCuda(patch):
+        assert choose_device("auto").type == "cuda"
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+        with pytest.raises(
+            ConfigError, match=r"--device: T4 has compute capability 7\.5, expected 8\.0 or higher; use"
+        ):
+            choose_device("auto")
 
 
 def test_the_computing_type_is_the_devices(tiny_checkpoint: Path) -> None:

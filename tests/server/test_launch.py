@@ -36,6 +36,30 @@ def stream_in_background(server: Launched, max_new_tokens: int) -> tuple[threadi
     return thread, payloads
 
 
+def test_a_model_of_the_hub_is_served_by_its_hub_name(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its folder's in the cache, which is the name of a commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--owner--GLM-small"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).symlink_to(model_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with launched("--model-path", "owner/GLM-small") as server:
+        server.wait_ready()
+        assert f"nextn is ready: owner/GLM-small at {server.url}" in "".join(server.out)
+        (card,) = server.http.get("/v1/models").json()["data"]
+        assert card["id"] == "owner/GLM-small"
+        info = server.http.get("/get_model_info").json()
+        assert info["model_path"] == "owner/GLM-small"
+        assert Path(info["tokenizer_path"]).is_dir()
+        server.signal(signal.SIGINT)
+        assert server.wait() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_an_idle_server_with_code_0_and_nothing_left(model: tuple[str, str], number: int) -> None:
     with launched(*model, "--served-model-name", "m") as server:

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from nextn.config.engine_config import EngineConfig
+from nextn.config.server_args import ServerArgs
+from nextn.demo import checkpoint_dir
 from nextn.errors import CheckpointError
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """Weights, configs and tokenizers; never code or pickles."""
+
+
+def resolved_config(args: ServerArgs) -> EngineConfig:
+    """The engine's configuration, with a folder on this machine for every checkpoint: the hub's are downloaded.
+
+    No model is the embedded one. Raises CheckpointError as ``resolve_model``, ConfigError as the configuration does.
+    """
+    model = checkpoint_dir() if args.model_path is None else resolve_model(args.model_path)
+    config, draft = args.engine_config(str(model)), args.speculative_draft_model_path
+    if draft is None:
+        return config
+    return replace(config, draft_model_path=str(resolve_model(draft, "--speculative-draft-model-path")))
+
+
+def model_name(args: ServerArgs, folder: str) -> str:
+    """What the model is called where --served-model-name does not say: by its hub name, or by its folder's own name.
+
+    folder: where it is
+    """
+    if args.model_path is None or local_folder(args.model_path, "--model-path") is not None:
+        return Path(folder).resolve().name
+    return args.model_path
 
 
 def resolve_model(name: str, flag: str = "--model-path") -> Path:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_NUM_DRAFT_STEPS = 5
+"""The most drafts of a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -31,7 +34,8 @@ class EngineConfig:
     serves_grammars: whether outputs can be held to a grammar, where there is a tokenizer
     shadow_rate: share of finished requests that are scored again without speculation
     canary: what happens when the draft fails its trial at start; "off" has none
-    num_draft_steps: drafts per step; None lets the policy choose 0 … 5 where the checkpoint has a NextN layer
+    num_draft_steps: drafts per step; None lets the policy choose, at most MAX_NUM_DRAFT_STEPS, where the
+        checkpoint has a NextN layer
     """
 
     model_path: str

@@ -54,7 +54,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     num_nextn_predict_layers: int
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
     dtype: str
     quantization_config: Mapping[str, Any] | None = None
 
@@ -114,7 +113,6 @@ class ModelConfig:
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             num_nextn_predict_layers=read.integer("num_nextn_predict_layers", 0, least=0),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), where),
-            pad_token_id=raw.get("pad_token_id"),
             dtype=read.dtype(),
             quantization_config=raw.get("quantization_config") or raw.get("compression_config"),
         )

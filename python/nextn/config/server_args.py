@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nextn.config.engine_config import EngineConfig
+from nextn.config.engine_config import MAX_NUM_DRAFT_STEPS, EngineConfig
 from nextn.config.sources import Option, flag_of, read_sources
 from nextn.errors import ConfigError
 
@@ -50,7 +50,9 @@ class ServerArgs:
     tokenizer_path: str | None = _option(None, _MODEL, "folder with tokenizer.json; default: the model's", kind=str)
     skip_tokenizer_init: bool = _option(False, _MODEL, "serve token ids in and out only")
     chat_template: str | None = _option(None, _MODEL, "Jinja file to use instead of the model's template", kind=str)
-    served_model_name: str | None = _option(None, _MODEL, "name in the API; default: the folder's", kind=str)
+    served_model_name: str | None = _option(
+        None, _MODEL, "name in the API; default: the hub name, or the folder's", kind=str
+    )
     context_length: int | None = _option(
         None, _MODEL, "most tokens of one request; default: the model's", kind=int, least=2
     )
@@ -114,13 +116,23 @@ class ServerArgs:
         kind=str,
     )
     speculative_num_steps: int | None = _option(
-        None, _SPECULATION, "drafts per step; default: as many as measurably pay", kind=int, least=0, most=5
+        None,
+        _SPECULATION,
+        "drafts per step; default: as many as measurably pay, 3 with --speculative-algorithm NEXTN",
+        kind=int,
+        least=0,
+        most=MAX_NUM_DRAFT_STEPS,
     )
     speculative_eagle_topk: int | None = _option(
         None, _SPECULATION, "branches per draft step; only 1, a chain", kind=int
     )
     speculative_num_draft_tokens: int | None = _option(
-        None, _SPECULATION, "tokens verified per step; always the steps + 1", kind=int
+        None,
+        _SPECULATION,
+        "tokens verified per step; always the steps + 1",
+        kind=int,
+        least=1,
+        most=MAX_NUM_DRAFT_STEPS + 1,
     )
     speculative_draft_model_path: str | None = _option(
         None, _SPECULATION, "take the NextN layer from another checkpoint", kind=str
@@ -139,7 +151,10 @@ class ServerArgs:
         choices=("auto", "fp8", "stored"),
     )
     speculative_canary: str = _option(
-        "warn", _SPECULATION, "when the draft fails its trial at start", choices=("warn", "fail", "off")
+        "warn",
+        _SPECULATION,
+        "when the draft fails its trial at start: an ERROR line, no start, or no trial",
+        choices=("warn", "fail", "off"),
     )
     speculative_shadow_rate: float = _option(
         0.0, _SPECULATION, "share of finished requests to score again without drafts", least=0, most=1
@@ -153,7 +168,13 @@ class ServerArgs:
     )
     enable_metrics: bool = _option(True, _HTTP, "serve Prometheus metrics at /metrics")
     stream_interval: int = _option(1, _HTTP, "tokens gathered before a chunk is sent", least=1)
-    tool_call_parser: str | None = _option(None, _HTTP, "format of tool calls", choices=("glm45", "glm47"), kind=str)
+    tool_call_parser: str | None = _option(
+        None,
+        _HTTP,
+        "as other servers want it; calls of both formats are read wherever a request has tools",
+        choices=("glm45", "glm47"),
+        kind=str,
+    )
     grammar_backend: str = _option(
         "llguidance", _HTTP, "what holds answers to a schema or a grammar", choices=("llguidance", "none")
     )
@@ -209,16 +230,23 @@ class ServerArgs:
                 raise ConfigError(f"--dist-init-addr: found {self.dist_init_addr!r}, expected HOST:PORT of node 0")
 
     def _check_nothing_speculative(self) -> None:
-        for name in ("speculative_num_steps", "speculative_draft_model_path"):
-            if value := getattr(self, name):
+        meaningless: dict[str, Any] = {
+            "speculative_num_steps": (None, 0),
+            "speculative_num_draft_tokens": (None, 1),
+            "speculative_draft_model_path": (None,),
+            "speculative_draft_model_quantization": (None, UNSET),
+            "speculative_draft_head": ("auto",),
+            "speculative_canary": ("warn", "off"),
+        }
+        for name, allowed in meaningless.items():
+            if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(
                     f"{flag_of(name)}: found {value} together with --speculative-algorithm none; leave one out"
                 )
 
     def _check_num_draft_tokens(self) -> None:
-        default = 0 if self.speculative_algorithm == "none" else DEFAULT_DRAFT_STEPS
-        steps = default if self.speculative_num_steps is None else self.speculative_num_steps
-        if self.speculative_num_draft_tokens not in (None, steps + 1):
+        steps, tokens = self.speculative_num_steps, self.speculative_num_draft_tokens
+        if steps is not None and tokens not in (None, steps + 1):
             raise ConfigError(
                 f"--speculative-num-draft-tokens: found {self.speculative_num_draft_tokens}, expected {steps + 1}: the "
                 f"drafts of {steps} steps and the token before them"
@@ -234,9 +262,6 @@ class ServerArgs:
 
     def engine_config(self, model_path: str) -> EngineConfig:
         """The engine's part. ``model_path``: the resolved folder."""
-        num_draft_steps = 0 if self.speculative_algorithm == "none" else self.speculative_num_steps
-        if self.speculative_algorithm in NEXTN_ALGORITHMS and num_draft_steps is None:
-            num_draft_steps = DEFAULT_DRAFT_STEPS
         override = self.speculative_draft_model_quantization
         return EngineConfig(
             model_path=model_path,
@@ -261,13 +286,24 @@ class ServerArgs:
             schedule_policy=_literal(self.schedule_policy),
             page_size=self.page_size,
             enable_prefix_cache=not self.disable_radix_cache,
-            num_draft_steps=num_draft_steps,
+            num_draft_steps=self._num_draft_steps,
             tokenizer_path=self.tokenizer_path,
             serves_grammars=self.serves_grammars,
             canary=_literal(self.speculative_canary),
             shadow_rate=self.speculative_shadow_rate,
             random_seed=self.random_seed,
         )
+
+    @property
+    def _num_draft_steps(self) -> int | None:
+        """None leaves it to what is measured."""
+        if self.speculative_algorithm == "none":
+            return 0
+        if self.speculative_num_steps is not None:
+            return self.speculative_num_steps
+        if self.speculative_num_draft_tokens is not None:
+            return self.speculative_num_draft_tokens - 1
+        return DEFAULT_DRAFT_STEPS if self.speculative_algorithm in NEXTN_ALGORITHMS else None
 
     @property
     def serves_grammars(self) -> bool:

@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from nextn.checkpoint.hub import resolve_model
@@ -17,7 +17,6 @@ from nextn.checkpoint.plan import LoadPlan, check_values, make_plan
 from nextn.checkpoint.report import LoadReport
 from nextn.checkpoint.values import check_norms, check_scales
 from nextn.config.engine_config import EngineConfig
-from nextn.config.server_args import ServerArgs
 from nextn.demo import checkpoint_dir
 from nextn.diagnosis.memory import GpuMemory, memory_by_tp
 from nextn.diagnosis.options import DoctorOptions
@@ -27,7 +26,7 @@ from nextn.errors import NextnError
 FINE, DRAFTS_BADLY, REFUSED = 0, 1, 2
 GB = 10**9
 
-Depth = Literal["headers", "headers, scales and norms"]
+Depth = Literal["headers", "headers and values"]
 
 _PRECISION = {
     "fp8_channel": "FP8, a scale per output channel",
@@ -88,7 +87,7 @@ class Diagnosis:
 def examine(options: DoctorOptions) -> Diagnosis:
     """Never raises for anything a checkpoint can contain: what the loader refuses is a refusal in the answer."""
     name = options.checkpoint if options.checkpoint is not None else str(checkpoint_dir())
-    depth: Depth = "headers, scales and norms" if options.deep else "headers"
+    depth: Depth = "headers and values" if options.deep else "headers"
     try:
         with ExitStack() as folders:
             return _examine(name, _engine_config(options, name, folders), options, depth)
@@ -141,7 +140,7 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
 
 
 def _read_values(plan: LoadPlan) -> tuple[str, ...]:
-    """What the loader checks when it reads, on scales and norms alone; and signs of a draft that was never trained.
+    """What the loader checks when it reads, without reading whole weights; and signs of a draft that was never trained.
 
     Raises CheckpointError as the loader would.
     """
@@ -216,12 +215,12 @@ def _stored_bytes(index: CheckpointIndex | None, layout: Layout) -> int:
 
 
 def _command(options: DoctorOptions, min_gpus: int | None) -> str:
-    """A command that this version takes; with a tensor-parallel size where one is needed and such a flag is known."""
+    """What starts the server, with a tensor-parallel size where one is needed."""
     words = ["python", "-m", "nextn.launch_server"]
     if options.checkpoint is not None:
         words += ["--model-path", options.checkpoint]
     for name, value in options.server.items():
         words += ["--" + name.replace("_", "-"), value]
-    if min_gpus is not None and min_gpus > 1 and "tp_size" in {field.name for field in fields(ServerArgs)}:
+    if min_gpus is not None and min_gpus > 1:
         words += ["--tp-size", str(min_gpus)]
     return shlex.join(words)

@@ -43,13 +43,24 @@ def parse_options(argv: Sequence[str] | None = None) -> DoctorOptions:
     parser = argparse.ArgumentParser(
         prog="python -m nextn.doctor",
         description="Says whether a checkpoint will serve and draft, in which precision and why, what other servers "
-        "get wrong with it, and what memory it takes. Reads config.json and safetensors headers only.",
+        "get wrong with it, and what memory it takes. Without --deep, reads config.json and safetensors headers only.",
         epilog="Exit code: 0 fine, 1 serves but does not draft well, 2 is refused.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", nargs="?", help="folder or hub name; default: the embedded model")
-    parser.add_argument("--deep", action="store_true", help="also read scales and norms (downloads a hub name)")
-    parser.add_argument("--gpu-memory", type=_gigabytes, default=DEFAULT_GPU_GB, metavar="GB", dest="gpu_gb")
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="also read scales, norms, biases and the first rows of weights (downloads a hub name)",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=_gigabytes,
+        default=DEFAULT_GPU_GB,
+        metavar="GB",
+        dest="gpu_gb",
+        help="of one GPU, in gigabytes (10^9 bytes); default: %(default)g",
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture of the memory by part")
     for name in FLAGS:

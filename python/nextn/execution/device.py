@@ -8,6 +8,9 @@ from nextn.config.engine_config import EngineConfig
 from nextn.errors import ConfigError
 from nextn.kernels import gpu
 
+LEAST_CAPABILITY = (8, 0)
+"""Of the oldest cards that compute in bfloat16, for which the kernels are compiled in the tests."""
+
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -15,7 +18,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Where a rank computes.
 
     name: "cpu", "cuda", or "auto" for a GPU where torch finds one; local_rank: the rank's place on its machine
-    Raises ConfigError if there is no such GPU.
+    Raises ConfigError if there is no such GPU, or it is too old.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -31,10 +34,20 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise ConfigError(
+            f"--device: {torch.cuda.get_device_name(device)} has compute capability {_version(capability)}, expected "
+            f"{_version(LEAST_CAPABILITY)} or higher; use another GPU, or --device cpu"
+        )
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are made in float32 everywhere
     if not gpu.suits(torch.empty(0, device=device)):
         raise ConfigError("--device: the kernels for GPUs need Triton, which is not installed; pip install triton")
     return device
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def computing_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

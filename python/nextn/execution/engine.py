@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 import torch
 
-from nextn.config.engine_config import EngineConfig
+from nextn.config.engine_config import MAX_NUM_DRAFT_STEPS, EngineConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
 from nextn.errors import PeerLost, RequestError
 from nextn.execution.counters import Counters
 from nextn.execution.outputs import check_request, failure, output_of, refusal
 from nextn.execution.rehearsal import prepare
-from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, MAX_NUM_DRAFT_STEPS, load_shard
+from nextn.execution.shard import DEFAULT_NUM_DRAFT_STEPS, load_shard
 from nextn.execution.step import Stepper
 from nextn.kernels import native
 from nextn.protocol.draft_health import DraftHealth, ShadowCounts
@@ -91,9 +91,10 @@ class Engine:
                 self._loaded.target, shard.kv_cache, self.scheduler.pages, config.shadow_rate, self._cycle.leader
             )
         self.load_seconds = time.monotonic() - started
+        for row in self._loaded.report.as_table().splitlines():
+            logger.info("%s", row)
         logger.info(
-            "%s\nKV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
-            self._loaded.report.as_table(),
+            "KV pool: %d tokens in %d pages, %.0f MiB; %s drafts per step; ready after %.1f s",
             shard.num_pages * config.page_size,
             shard.num_pages,
             shard.num_pages * config.page_size * shard.bytes_per_token / 2**20,

@@ -12,7 +12,7 @@ from nextn.config.engine_config import EngineConfig
 from nextn.config.ranks import RankPlace
 from nextn.errors import NextnError, PeerLost
 from nextn.execution.engine import Engine
-from nextn.execution.rank_process import LOG_TIME, end_as_lost, end_with_parent, joined
+from nextn.execution.rank_process import configure_logging, end_as_lost, end_with_parent, joined
 from nextn.execution.threads import set_num_threads
 from nextn.protocol.channel import EngineEnd
 from nextn.protocol.messages import (
@@ -51,9 +51,7 @@ def run_engine(
     place: of rank 0 among several; None alone
     """
     place = place or RankPlace()
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s", datefmt=LOG_TIME
-    )
+    configure_logging("engine", log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what ends when
     if place.size > 1:
         end_with_parent(parent_pid)

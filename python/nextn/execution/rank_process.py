@@ -26,9 +26,6 @@ from nextn.execution.threads import set_num_threads
 from nextn.protocol.channel import send_last_words
 from nextn.protocol.messages import EngineFailed
 
-LOG_TIME = "%Y-%m-%dT%H:%M:%S%z"
-"""As in the server's lines."""
-
 PARENT_POLL = 0.3
 """Seconds between two looks whether the parent process still lives."""
 
@@ -79,6 +76,14 @@ def _check_agreement(config: EngineConfig, tp: TensorParallel) -> None:
             )
 
 
+def configure_logging(name: str, level: str) -> None:
+    """Send the process's log to stderr, under its name; libraries only from warnings up."""
+    logging.basicConfig(
+        level=logging.WARNING, format=f"%(asctime)s %(levelname)s {name}: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"
+    )
+    logging.getLogger("nextn").setLevel(level.upper())
+
+
 def run_follower(
     config: EngineConfig,
     place: RankPlace,
@@ -91,9 +96,7 @@ def run_follower(
 
     socket_dir: where the server hears of a failure; None on nodes that have no server
     """
-    logging.basicConfig(
-        level=log_level.upper(), format=f"%(asctime)s %(levelname)s rank {place.rank}: %(message)s", datefmt=LOG_TIME
-    )
+    configure_logging(f"rank {place.rank}", log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent_pid)
 

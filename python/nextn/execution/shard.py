@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from nextn.checkpoint.loader import LoadedModel, load_model
-from nextn.config.engine_config import EngineConfig
+from nextn.config.engine_config import MAX_NUM_DRAFT_STEPS, EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import TensorParallel
 from nextn.errors import ConfigError
@@ -38,9 +38,6 @@ from nextn.speculative.proposer import NextNProposer
 
 DEFAULT_NUM_DRAFT_STEPS = 3
 """Drafts of a request that samples with its own seed, whatever the policy prefers for others."""
-
-MAX_NUM_DRAFT_STEPS = 5
-"""The most that the policy tries."""
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 """Most prompt tokens of a step. A GPU reads most experts for any prompt; the more tokens share that, the better."""
@@ -124,7 +121,8 @@ def load_shard(config: EngineConfig, tp: TensorParallel) -> ModelShard:
         with out_of_memory_means("lower --chunked-prefill-size or --max-running-requests, or raise --tp-size"):
             plan = _measured_plan(config, loaded, chunk, max_drafts, kv_cache_of, device, tp)
         plan.check(bytes_per_token, 2 * config.page_size)
-        logger.info("%s", plan.as_table())
+        for row in plan.as_table().splitlines():
+            logger.info("%s", row)
         free, all_bytes = plan.kv, plan.total
     num_pages = tp.least(
         num_pages_for(

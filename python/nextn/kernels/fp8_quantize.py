@@ -39,15 +39,6 @@ def quantize_per_group(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
     return _quantize_reference(x, group_size)
 
 
-def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """One given scale for all of x (strategy "tensor", static); values beyond ±448 · scale saturate.
-
-    x: [M, K]; scale: one float32 element
-    Returns [M, K] float8_e4m3fn.
-    """
-    return (x.float() / scale.view(())).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-
-
 def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per output row of a weight [N, K]. Returns q [N, K] and scale [N, 1] float32.
 

@@ -153,7 +153,7 @@ def _model_card(services: Services) -> dict[str, Any]:
 
 def _model_info(services: Services, ready: EngineReady) -> dict[str, Any]:
     return {
-        "model_path": services.model_path,
+        "model_path": services.args.model_path or services.model_path,
         "tokenizer_path": services.args.tokenizer_path or services.model_path,
         "served_model_name": services.served_model_name,
         "is_generation": True,

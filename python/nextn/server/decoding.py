@@ -35,10 +35,6 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def read(request: Request, decoder: msgspec.json.Decoder[T], max_bytes: int) -> T:
-    return decode(await read_body(request, max_bytes), decoder)
-
-
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode strictly: unknown fields, wrong types, numbers out of range, NaN and bad UTF-8 are all refused."""
     try:
