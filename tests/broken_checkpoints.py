@@ -342,7 +342,47 @@ BROKEN: dict[str, Broken] = {
         "none", _shift_norms("enorm", "hnorm", "shared_head"), rf"{LAST}\.enorm\.weight: mean .* 3 of 3", is_deep=True
     ),
     "norms at zero": _tensors(
-        "none", lambda s: s.update({n: t * 0 for n, t in s.items() if "norm" in n}), "mean 0.000, 100%", is_deep=True
+        "none",
+        lambda s: s.update({n: t * 0 for n, t in s.items() if "norm" in n}),
+        "nothing but zeros: .* never written",
+        is_deep=True,
+    ),
+    # values
+    "a norm at zero": _tensors(
+        "channel",
+        _set(f"{LAST}.hnorm.weight", torch.zeros_like),
+        r"hnorm\.weight: holds nothing but zeros",
+        is_deep=True,
+    ),
+    "codes at zero": _tensors(
+        "channel",
+        _set(f"{LAST}.mlp.experts.1.down_proj.weight", torch.zeros_like),
+        r"experts\.1\.down_proj\.weight: holds nothing but zeros, as a part of a file that was never written",
+        is_deep=True,
+    ),
+    "an expert of the target at zero": _tensors(
+        "block",
+        _set("model.layers.2.mlp.experts.5.up_proj.weight", torch.zeros_like),
+        r"model\.layers\.2\.mlp\.experts\.5\.up_proj\.weight: holds nothing but zeros",
+        is_deep=True,
+    ),
+    "a projection at zero": _tensors(
+        "none", _set(f"{LAST}.eh_proj.weight", torch.zeros_like), r"eh_proj\.weight: holds nothing", is_deep=True
+    ),
+    "a router at zero": _tensors(
+        "none", _set(f"{LAST}.mlp.gate.weight", torch.zeros_like), r"gate\.weight: holds nothing", is_deep=True
+    ),
+    "a head at zero": _tensors(
+        "none", _set("lm_head.weight", torch.zeros_like), r"lm_head\.weight: holds nothing but zeros", is_deep=True
+    ),
+    "NaN in an embedding": _tensors(
+        "none", _set("model.embed_tokens.weight", _with(float("nan"))), r"tokens\.weight: holds nan", is_deep=True
+    ),
+    "NaN in codes": _tensors(
+        "channel",
+        _set(f"{LAST}.self_attn.o_proj.weight", _with(float("nan"))),
+        r"o_proj\.weight: holds nan",
+        is_deep=True,
     ),
     # ignore lists
     "ignore a runtime name": _ignore("model.decoder.eh_proj"),

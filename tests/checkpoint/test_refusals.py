@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from nextn.checkpoint.hub import resolve_model
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
+from nextn.diagnosis.checkup import examine
+from nextn.diagnosis.options import DoctorOptions
 from nextn.errors import CheckpointError, ConfigError, NextnError, QuantizationError
 from nextn.layers.batch import make_extend_batch
 from nextn.layers.kv_cache import KVCache
@@ -44,6 +46,40 @@ def test_one_file_without_an_index_is_enough(tmp_path: Path) -> None:
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(NextnError, match=BROKEN[name].message):
         load(BROKEN[name].write(tmp_path))
+
+
+@pytest.mark.parametrize("quant", get_args(Quant))
+@pytest.mark.parametrize("file", ["model", "mtp"])
+def test_a_file_that_ends_in_zeros_is_refused(quant: Quant, file: str, tmp_path: Path) -> None:
+    """As an interrupted download leaves it where the space was taken beforehand: header, size and scales are right."""
+    folder = write_checkpoint(tmp_path, CONFIG, quant=quant)
+    path = folder / f"{file}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 9 * len(whole) // 10].ljust(len(whole), b"\0"))
+    with pytest.raises(CheckpointError, match="nothing but zeros"):
+        load(folder)
+    assert examine(DoctorOptions(str(folder), {}, deep=True)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("quant", "code"), [("none", 0x7FC0), ("none", 0xFF80), ("channel", 0x7F), ("block", 0xFF), ("channel", 0xFF)]
+)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.3.gate_proj", "model.layers.3.self_attn.k_proj"])
+def test_one_weight_that_is_no_number_is_enough(quant: Quant, code: int, name: str, tmp_path: Path) -> None:
+    def spoil(state: State) -> None:
+        weight = state[f"{name}.weight"]
+        weight.view(torch.uint8 if weight.itemsize == 1 else torch.uint16)[-1, -1] = code
+
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight: holds (nan|-inf), expected finite numbers"):
+        load(write_checkpoint(tmp_path, CONFIG, quant=quant, mutate=spoil))
+
+
+def test_biases_may_be_zero(tmp_path: Path) -> None:
+    def clear(state: State) -> None:
+        for name in [name for name in state if name.endswith("bias")]:
+            state[name] = torch.zeros_like(state[name])
+
+    assert load(write_checkpoint(tmp_path, CONFIG, mutate=clear)).draft is not None
 
 
 class _Bomb:

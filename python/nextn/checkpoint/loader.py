@@ -17,7 +17,7 @@ from nextn.checkpoint.index import CheckpointIndex, TensorReader
 from nextn.checkpoint.layout import SCALES, ExpectedTensor, Layout
 from nextn.checkpoint.plan import DraftPlan, LoadPlan, check_values, make_plan
 from nextn.checkpoint.report import LoadReport
-from nextn.checkpoint.values import check_scale
+from nextn.checkpoint.values import all_zero, check_finite, check_scale, may_be_zero
 from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
@@ -120,6 +120,7 @@ def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int
     unwritten = dict(expected)
     slots = sorted(model.weight_slots(), key=lambda slot: index.tensors[slot.name].file.name)  # one file after another
     num_bytes = sum(slot.view.nbytes for slot in slots)
+    written = _Written()
     bar = _progress(show and num_bytes >= PROGRESS_BYTES)
     task = bar.add_task("loading", total=num_bytes)
     with index.reader() as read, bar:
@@ -129,8 +130,41 @@ def _fill(model: Model, index: CheckpointIndex | None, layout: Layout, seed: int
                 view.copy_(part.of(_dequantized(tensor, expected, unwritten, read)))
             else:
                 view.copy_(_read(tensor, read, part).view(view.shape))
+            if tensor.role not in SCALES and not may_be_zero(tensor) and view.numel():
+                written.look(name, view)
             bar.advance(task, view.nbytes)
+    written.check()
     assert not unwritten, f"the model has no slot for {next(iter(unwritten))}"
+
+
+class _Written:
+    """The extremes of what was written, kept on its device until all are read at once: no copy is waited for."""
+
+    def __init__(self) -> None:
+        self._names: dict[torch.dtype, list[str]] = {}
+        self._extremes: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def look(self, name: str, view: torch.Tensor) -> None:
+        """Of FP8 the codes: read as signed, the largest is NaN; read as unsigned, negative NaN."""
+        if view.dtype == torch.float8_e4m3fn:
+            extremes = view.view(torch.int8).amax(), view.view(torch.uint8).amax()
+        else:
+            extremes = torch.aminmax(view)
+        self._names.setdefault(view.dtype, []).append(name)
+        self._extremes.setdefault(view.dtype, []).append(extremes)
+
+    def check(self) -> None:
+        """Raises CheckpointError if a tensor holds NaN, infinite values, or nothing but zeros."""
+        for dtype, extremes in self._extremes.items():
+            first, second = (torch.stack(column).double().cpu() for column in zip(*extremes, strict=True))
+            if dtype == torch.float8_e4m3fn:
+                first, second = (
+                    values.masked_fill(values == nan, math.nan) for values, nan in ((first, 127), (second, 255))
+                )
+            for name, pair in zip(self._names[dtype], torch.stack((first, second), 1), strict=True):
+                check_finite(name, pair.numpy())
+                if not pair.any():
+                    raise all_zero(name)
 
 
 def _progress(is_shown: bool) -> Progress:

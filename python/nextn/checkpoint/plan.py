@@ -96,15 +96,16 @@ def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPl
     return LoadPlan(source, quantization, layout, draft, report, tuple(_warnings(draft_source, draft)))
 
 
-def check_values(plan: LoadPlan) -> None:
+def check_values(plan: LoadPlan, *, all_shards: bool = False) -> None:
     """What headers cannot tell, as far as little reading shows it: norms, biases, rows of weights, a head that is tied.
 
+    all_shards: read of every expert of the target, not of one in each layer
     Raises CheckpointError naming the tensor and the remedy.
     """
     source, draft = plan.source, plan.draft
     if source.index is None:
         return
-    _check_values(source.index, plan.layout, all_shards=False)
+    _check_values(source.index, plan.layout, all_shards=all_shards)
     if source.config.tie_word_embeddings:
         check_tied_head(source.index, HEAD, EMBEDDING)
     if draft is not None and draft.source.index is not None:

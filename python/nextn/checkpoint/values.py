@@ -19,7 +19,7 @@ import numpy.typing as npt
 from nextn.checkpoint.fit import FLOATS
 from nextn.checkpoint.header import TensorInfo
 from nextn.checkpoint.index import CheckpointIndex
-from nextn.checkpoint.layout import SCALES, Layout
+from nextn.checkpoint.layout import SCALES, ExpectedTensor, Layout
 from nextn.errors import CheckpointError
 
 FloatArray = npt.NDArray[np.floating]
@@ -76,26 +76,36 @@ def check_scales(index: CheckpointIndex, layout: Layout) -> None:
 
 def check_biases(index: CheckpointIndex, layout: Layout) -> None:
     """Raises CheckpointError if a bias, of a linear or a router, is infinite or NaN. A router's would show nowhere."""
-    names = [tensor.name for tensor in layout.tensors() if tensor.role == "bias" or tensor.kind == "router bias"]
+    names = [tensor.name for tensor in layout.tensors() if may_be_zero(tensor)]
     for name, values in read_floats(index, names):
-        _check_finite(name, values)
+        check_finite(name, values)
 
 
 def check_weights(index: CheckpointIndex, layout: Layout, *, all_shards: bool) -> None:
-    """Look at the first row of linears. all_shards: of every expert and part, not of one of each fused module
+    """Look at the first row of linears, router, embedding and head.
 
-    Raises CheckpointError if its weights are as large as FP8 codes without their scales.
+    all_shards: of every expert and part, not of one of each fused module
+    Raises CheckpointError if its weights are NaN, infinite, or as large as FP8 codes without their scales; or if that
+    row, and then all others, are zero.
     """
     modules = {
         name: linear.scheme.scale_suffix
         for linear in layout.linears
         for name, _ in (linear.shards if all_shards else linear.shards[:1])
     }
+    weights = [
+        *(f"{name}.weight" for name in modules),
+        *(one.name for one in layout.others if one.role == "plain" and not may_be_zero(one)),
+    ]
     scales = {f"{name}.{suffix}" for name, suffix in modules.items() if suffix is not None}
     medians: dict[str, float] = {}
-    for name, row in read_floats(index, [*(f"{name}.weight" for name in modules), *scales], first_row=True):
+    for name, row in read_floats(index, [*weights, *scales], first_row=True):
         if name in scales:
             check_scale(name, row)
+        else:
+            check_finite(name, row)
+        if not row.any() and _is_zero(index.tensors[name]):
+            raise all_zero(name)
         medians[name] = float(np.median(abs(row)))
     for name, suffix in modules.items():
         median = medians[f"{name}.weight"] * (1.0 if suffix is None else medians[f"{name}.{suffix}"])
@@ -112,7 +122,7 @@ def check_norms(index: CheckpointIndex, layout: Layout) -> list[NormFigures]:
     """The figures of every norm.
 
     Raises CheckpointError if most norms of the target, of the draft's block, or the draft's own three look shifted, or
-    one is infinite or NaN.
+    one is infinite, NaN, or nothing but zeros.
     """
     norms = [tensor for tensor in layout.tensors() if tensor.role == "norm"]
     figures = [_figures(name, values) for name, values in read_floats(index, [tensor.name for tensor in norms])]
@@ -164,6 +174,24 @@ def check_alike(index: CheckpointIndex, lender: CheckpointIndex, name: str) -> N
         )
 
 
+def check_finite(name: str, values: FloatArray) -> None:
+    """Raises CheckpointError if a value is infinite or NaN, with the first such value."""
+    bad = values[~np.isfinite(values)]
+    if bad.size:
+        raise CheckpointError(f"{name}: holds {float(bad[0])}, expected finite numbers; download the checkpoint again")
+
+
+def all_zero(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: holds nothing but zeros, as a part of a file that was never written; download the checkpoint again"
+    )
+
+
+def may_be_zero(tensor: ExpectedTensor) -> bool:
+    """Biases, a router's too: training may leave them at zero."""
+    return tensor.role == "bias" or tensor.kind == "router bias"
+
+
 def read_floats(
     index: CheckpointIndex, names: Iterable[str], *, first_row: bool = False
 ) -> Iterator[tuple[str, FloatArray]]:
@@ -209,27 +237,32 @@ def _fp8_values() -> FloatArray:
     return np.where(codes < 128, size, -size)
 
 
-def _check_finite(name: str, values: FloatArray) -> None:
-    bad = values[~np.isfinite(values)]
-    if bad.size:
-        raise CheckpointError(f"{name}: holds {float(bad[0])}, expected finite numbers; download the checkpoint again")
-
-
 def _figures(name: str, values: FloatArray) -> NormFigures:
-    _check_finite(name, values)
+    check_finite(name, values)
+    if not values.any():
+        raise CheckpointError(
+            f"{name}: holds nothing but zeros: this part of the file was never written, or norms are stored shifted by "
+            "one (w - 1) and were never trained; download the checkpoint again, or take one that was trained"
+        )
     exact = values.astype(np.float64)
     return NormFigures(name, float(exact.mean()), float((exact <= 0).mean()), float(exact.max() - exact.min()))
 
 
+def _is_zero(tensor: TensorInfo) -> bool:
+    """Whether every byte is."""
+    return not any(np.frombuffer(piece, np.uint8).any() for piece in _pieces(tensor))
+
+
 def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    return all(first == second for first, second in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def _pieces(tensor: TensorInfo) -> Iterator[bytes]:
+    """The tensor's bytes. Raises CheckpointError if they cannot be read."""
     try:
-        with a.file.open("rb") as first, b.file.open("rb") as second:
-            first.seek(a.start)
-            second.seek(b.start)
-            for done in range(0, a.num_bytes, _CHUNK):
-                size = min(_CHUNK, a.num_bytes - done)
-                if first.read(size) != second.read(size):
-                    return False
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            for done in range(0, tensor.num_bytes, _CHUNK):
+                yield stream.read(min(_CHUNK, tensor.num_bytes - done))
     except OSError as error:
-        raise CheckpointError(f"{error.filename or a.file}: cannot be read ({error}); download it again") from None
-    return True
+        raise CheckpointError(f"{tensor.file}: cannot be read ({error}); download it again") from None

@@ -144,7 +144,7 @@ def _read_values(plan: LoadPlan) -> tuple[str, ...]:
 
     Raises CheckpointError as the loader would.
     """
-    check_values(plan)
+    check_values(plan, all_shards=True)
     if plan.source.index is not None:
         check_scales(plan.source.index, plan.layout)
     draft = plan.draft
