@@ -64,8 +64,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    return load_model(EngineConfig(model_path=str(folder)), device=device, dtype=dtype, want_draft=True)
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> LoadedModel:
+    config = EngineConfig(model_path=str(folder), **options)
+    return load_model(config, device=device, dtype=dtype, want_draft=True)
 
 
 def _logits(loaded: LoadedModel, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +101,25 @@ def test_logits_are_those_of_the_cpu(folders: dict[str, Path], quant: Quant, req
     assert (linear.weight.dtype == torch.float8_e4m3fn) == (quant != "none")
     for got, expected in zip(_logits(loaded, device), exact, strict=True):
         assert _error(got, expected) < (0.02 if quant == "none" else 0.12)
+
+
+@pytest.mark.parametrize("quant", ["channel", "ct_block"])
+def test_where_only_weights_are_quantized_activations_stay_wide(
+    quant: Quant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """What is lost is bfloat16's roundings."""
+
+    def weights_only(config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+
+    monkeypatch.setattr(checkpoints, "BLOCK", (32, 32))
+    folder = write_checkpoint(tmp_path, CONFIG, quant=quant, mutate_config=weights_only)
+    exact = _logits(_load(folder, CPU, torch.float32, draft_head="stored"), CPU)
+    device = request.getfixturevalue("device")
+    loaded = _load(folder, device, torch.bfloat16, draft_head="stored")
+    assert any("weights only" in one.source for one in loaded.report.target)
+    for got, expected in zip(_logits(loaded, device), exact, strict=True):
+        assert _error(got, expected) < 0.02
 
 
 def test_a_dropped_scale_would_show(folders: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -137,6 +137,7 @@ class StackedExperts:
     w13_scale, w2_scale: where the matrices are float8_e4m3fn, [·, 2I or H, 1] float32; or with ``block``
         [·, 2⌈I / block_n⌉, ⌈H / block_k⌉] and [·, ⌈H / block_n⌉, ⌈I / block_k⌉]: gate and up have blocks of their own
     num_routed: E
+    quantizes_input: whether activations meet float8 matrices quantized, on cards with FP8 units
     """
 
     w13: torch.Tensor
@@ -146,6 +147,7 @@ class StackedExperts:
     block: tuple[int, int] | None
     num_routed: int
     has_shared: bool
+    quantizes_input: bool = True
 
 
 def expert_terms(
@@ -163,14 +165,16 @@ def expert_terms(
     ``moe_combine`` adds them up, or the norm that follows.
 
     FP8 matrices meet activations that are quantized per token, or per group of block_k columns; wide ones on cards
-    without FP8 units. Products are summed in float32; silu · up and an expert's result are rounded to x's dtype.
+    without FP8 units, and where experts.quantizes_input says no. Products are summed in float32; silu · up and an
+    expert's result are rounded to x's dtype.
 
     x: [T, H] bfloat16 or float16; expert_ids: [T, K] int64; expert_weights: [T, K] float32; residual: [T, H]
     quantized: x as it would be quantized here, and its scales, where the caller has them
     batch_invariant: cut up the products without regard to T, so that a token's result does not depend on its batch
     """
     num_tokens, top_k = expert_ids.shape
-    is_quantized = experts.w13_scale is not None and (not gpu.suits(x) or gpu.has_fp8_units(x.device))
+    has_units = not gpu.suits(x) or gpu.has_fp8_units(x.device)
+    is_quantized = experts.quantizes_input and experts.w13_scale is not None and has_units
     config = choose_config(num_tokens, top_k, experts.num_routed, experts.block, batch_invariant=batch_invariant)
     alignment = moe_align(expert_ids, experts.num_routed, config.block_m, has_shared=experts.has_shared)
 

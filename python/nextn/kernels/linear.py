@@ -108,14 +108,15 @@ def store_weight(
     block: tuple[int, int] | None,
     *,
     batch_invariant: bool,
+    quantizes_input: bool = True,
 ) -> StoredWeight:
-    """Prepare a weight on a GPU for ``linear``; arguments as StoredWeight's."""
+    """Prepare a weight on a GPU for ``linear``; arguments as StoredWeight's; only cards with FP8 units quantize."""
     return StoredWeight(
         weight,
         bias,
         scale,
         block,
-        quantizes_input=scale is not None and gpu.has_fp8_units(weight.device),
+        quantizes_input=quantizes_input and scale is not None and gpu.has_fp8_units(weight.device),
         batch_invariant=batch_invariant,
         counters=torch.zeros(MAX_TILES, dtype=torch.int32, device=weight.device),
     )

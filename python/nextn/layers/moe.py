@@ -74,7 +74,7 @@ class MoE(nn.Module):
         self.batch_invariant = batch_invariant
         if gpu.suits(self.gate):
             self.packed = stacked = self._stack()
-            if stacked.w13_scale is not None and gpu.has_fp8_units(self.gate.device):
+            if self.experts.w13_scheme.quantizes_input and gpu.has_fp8_units(self.gate.device):
                 self.input_format = InputFormat(None if stacked.block is None else stacked.block[1])
             self.counters = torch.zeros(MAX_TOKEN_TILES, dtype=torch.int32, device=self.gate.device)
         else:
@@ -141,10 +141,10 @@ class MoE(nn.Module):
 def _shared_is_alike(config: ModelConfig, quant_config: QuantizationConfig | None, prefix: str) -> bool:
     """Whether the shared expert could be one of the routed ones."""
 
-    def kinds(name: str) -> list[tuple[str, tuple[int, int] | None]]:
+    def kinds(name: str) -> list[tuple[str, tuple[int, int] | None, bool]]:
         groups = (("gate_proj", "up_proj"), ("down_proj",))
         schemes = [scheme_of(quant_config, [f"{name}.{part}" for part in group]) for group in groups]
-        return [(scheme.kind, scheme.block) for scheme in schemes]
+        return [(scheme.kind, scheme.block, scheme.quantizes_input) for scheme in schemes]
 
     return config.n_shared_experts == 1 and kinds(f"{prefix}.shared_experts") == kinds(f"{prefix}.experts.0")
 
@@ -228,12 +228,13 @@ class Experts(nn.Module):
             w13_block,
             num_routed=len(self.w13_shards),
             has_shared=self.one_more is not None,
+            quantizes_input=self.w13_scheme.quantizes_input,
         )
 
 
 def _check_for_gpu(name: str, w13: LinearScheme, w2: LinearScheme) -> None:
     """Raises QuantizationError if the kernels for GPUs do not take experts that are stored like this. name: of one"""
-    if (w13.is_quantized, w13.block) != (w2.is_quantized, w2.block):
+    if (w13.is_quantized, w13.block, w13.quantizes_input) != (w2.is_quantized, w2.block, w2.quantizes_input):
         raise QuantizationError(
             f"{name}.gate_proj: is {_described(w13)} and {name}.down_proj is {_described(w2)}; expected one kind for a "
             "layer's experts on a GPU; quantize the two alike, or use --device cpu"
@@ -246,7 +247,8 @@ def _check_for_gpu(name: str, w13: LinearScheme, w2: LinearScheme) -> None:
 
 
 def _described(scheme: LinearScheme) -> str:
-    return scheme.kind if scheme.block is None else f"{scheme.kind} of {scheme.block[0]} x {scheme.block[1]}"
+    kind = scheme.kind if scheme.block is None else f"{scheme.kind} of {scheme.block[0]} x {scheme.block[1]}"
+    return f"{kind}, weights only" if scheme.is_quantized and not scheme.quantizes_input else kind
 
 
 def _stacked_scales(

@@ -147,7 +147,13 @@ def pack(
     On a GPU it stays as it is stored. On a CPU it is dequantized, and beside that FP8 where a scale per row says all.
     """
     if gpu.suits(weight):
-        return store_weight(weight, bias, *stored_scale(shards, scheme, scales), batch_invariant=batch_invariant)
+        return store_weight(
+            weight,
+            bias,
+            *stored_scale(shards, scheme, scales),
+            batch_invariant=batch_invariant,
+            quantizes_input=scheme.quantizes_input,
+        )
     expanded = expand(shards, scheme, weight, scales, dtype)
     if scales is None or scheme.kind == "fp8_block":
         return pack_weight(expanded, bias)

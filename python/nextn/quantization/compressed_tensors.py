@@ -8,7 +8,7 @@ from typing import Any
 
 from nextn.errors import QuantizationError
 from nextn.quantization.names import agreed, entry_list, match_entry, unmatched_entries
-from nextn.quantization.scheme import ActivationKind, LinearScheme, SchemeKind
+from nextn.quantization.scheme import INPUT_NOTES, ActivationKind, LinearScheme, SchemeKind
 
 SUPPORTED = (
     "compressed-tensors is served with 8-bit symmetric float weights, strategy channel, tensor or block, and "
@@ -105,12 +105,13 @@ def _scheme(name: str, group: Mapping[str, Any], where: str) -> LinearScheme:
         ):
             raise QuantizationError(f"{place}.block_structure: found {structure!r}, expected such as [128, 128]")
         block = (structure[0], structure[1])
+    activation = _activation(name, group.get("input_activations"), where)
     return LinearScheme(
         _KINDS[weights["strategy"]],
         scale_suffix="weight_scale",
         block=block,
-        activation=_activation(name, group.get("input_activations"), where),
-        source=f"detected in {where}, {name}",
+        activation=activation,
+        source=f"detected in {where}, {name}{INPUT_NOTES.get(activation, '')}",
     )
 
 

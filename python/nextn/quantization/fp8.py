@@ -8,7 +8,7 @@ from typing import Any
 
 from nextn.errors import QuantizationError
 from nextn.quantization.names import agreed, entry_list, match_entry, match_prefix, unmatched_entries
-from nextn.quantization.scheme import LinearScheme
+from nextn.quantization.scheme import INPUT_NOTES, ActivationKind, LinearScheme
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Fp8Config:
         block = raw.get("weight_block_size")
         source = f"detected in {where}"
         if block is None:
-            kind = "static_tensor" if activation == "static" else "dynamic_token"
-            scheme = LinearScheme("fp8_tensor", "weight_scale", activation=kind, source=source)  # type: ignore[arg-type]
+            kind: ActivationKind = "static_tensor" if activation == "static" else "dynamic_token"
+            source += INPUT_NOTES.get(kind, "")
+            scheme = LinearScheme("fp8_tensor", "weight_scale", activation=kind, source=source)
         else:
             if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
                 raise QuantizationError(f"{where}: weight_block_size: found {block!r}, expected such as [128, 128]")

@@ -10,6 +10,13 @@ SchemeKind = Literal["unquantized", "fp8_channel", "fp8_tensor", "fp8_block"]
 ActivationKind = Literal["none", "dynamic_token", "dynamic_group", "static_tensor"]
 
 
+INPUT_NOTES: dict[ActivationKind, str] = {
+    "none": "; weights only, activations stay wide",
+    "static_tensor": "; its input scales are not used: activations are scaled by the token",
+}
+"""For the load report, where activations are not treated as the reader of a config would expect."""
+
+
 @dataclass(frozen=True)
 class LinearScheme:
     """Storage of a linear's weight [out, in] in the checkpoint; x ≈ q · scale (compressed-tensors, DeepSeek-V3).
@@ -32,6 +39,11 @@ class LinearScheme:
     @property
     def is_quantized(self) -> bool:
         return self.kind != "unquantized"
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether activations are quantized too: by the token or group, even where they have a static scale."""
+        return self.is_quantized and self.activation != "none"
 
 
 UNQUANTIZED = LinearScheme("unquantized", source="no quantization config")
