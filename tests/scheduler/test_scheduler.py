@@ -61,6 +61,43 @@ def test_first_come_is_first_served_and_priority_overtakes() -> None:
         assert [*step(scheduler), *step(scheduler)] == expected
 
 
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_a_request_that_ranks_first_does_not_wait_for_the_chunks_of_a_long_prompt(by_priority: bool) -> None:
+    scheduler = make_scheduler(max_prefill_tokens=8, by_priority=by_priority)
+    add(scheduler, "long", list(range(40)), priority=0)
+    assert step(scheduler) == {"long": 8}
+    add(scheduler, "short", [1, 2, 3], priority=5)
+    assert step(scheduler) == ({"short": 3, "long": 5} if by_priority else {"long": 8})
+
+
+def test_a_request_for_which_there_is_no_memory_is_not_tried_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(num_pages=10)
+    add(scheduler, "a", list(range(20)), max_new=12)
+    step(scheduler)
+    tried: list[str] = []
+    attach = scheduler.pages.attach_prefix
+    monkeypatch.setattr(
+        scheduler.pages, "attach_prefix", lambda seq, most: tried.append(seq.request.rid) or attach(seq, most)
+    )
+    add(scheduler, "b", list(range(100, 120)))
+    assert scheduler.may_admit
+    while "a" in scheduler:
+        step(scheduler)
+        assert tried == ["b"]
+        assert scheduler.may_admit == ("a" not in scheduler)
+    assert step(scheduler) == {"b": 20}
+
+
+def test_a_prefix_that_others_compute_meanwhile_lets_a_request_in() -> None:
+    scheduler = make_scheduler(num_pages=12, max_prefill_tokens=8)
+    add(scheduler, "a", list(range(32)), max_new=8)
+    step(scheduler)
+    add(scheduler, "b", [*range(28), 50, 51], max_new=1)
+    while not scheduler.num_decoding:
+        step(scheduler)
+    assert step(scheduler) == {"a": 1, "b": 2}
+
+
 def test_places_to_run_and_to_wait_are_all_taken_before_requests_are_refused() -> None:
     scheduler = make_scheduler(max_running=2, max_queued=3)
     for rid in "abcde":

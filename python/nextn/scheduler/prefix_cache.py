@@ -74,6 +74,12 @@ class PrefixCache:
                 path.append(node)
         return path
 
+    def has_next(self, path: Sequence[CacheNode], tokens: Sequence[int], salt: str) -> bool:
+        """Whether the page of ``tokens`` behind a path that ``match`` gave is cached by now."""
+        first = len(path) * self._page_size
+        key: Key = tuple(tokens[first : first + self._page_size])
+        return (key in path[-1].children) if path else ((salt, *key) in self._root.children)
+
     def insert(self, parent: CacheNode | None, salt: str, key: Key, page: int) -> CacheNode:
         """The node for ``key`` under ``parent`` (None: a first page); made with ``page`` unless it exists.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from nextn.protocol.messages import AddRequest, TokenLogprobs
 from nextn.scheduler.kv_pages import KVPages
+from nextn.scheduler.prefix_cache import CacheNode
 from nextn.scheduler.sequence import Sequence, Status
 
 MAX_LAG = 16
@@ -70,6 +71,14 @@ class Decision(NamedTuple):
     num_draft_computed: int | None = None
 
 
+class _Refused(NamedTuple):
+    """The sequence for which there was no memory when it was last tried, with what there was and what was cached."""
+
+    arrival: int
+    num_available: int
+    prefix: list[CacheNode]
+
+
 class Scheduler:
     """Owns all sequences from arrival to their end."""
 
@@ -81,6 +90,7 @@ class Scheduler:
         self._by_rid: dict[str, Sequence] = {}
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._num_arrived = 0
+        self._refused: _Refused | None = None
         self.num_preemptions = 0
 
     def __contains__(self, rid: str) -> bool:
@@ -96,6 +106,11 @@ class Scheduler:
         return sum(seq.is_decoding for seq in self.running)
 
     @property
+    def num_expected(self) -> int:
+        """Sequences that will decode once their prompts are computed, if there is memory for all."""
+        return len(self.running) + min(len(self.waiting), len(self._free_slots))
+
+    @property
     def num_pages_wanted(self) -> int:
         """Pages that the next step may ask for, at most."""
         chunk = self._config.max_prefill_tokens or self._config.context_length
@@ -105,7 +120,7 @@ class Scheduler:
     @property
     def may_admit(self) -> bool:
         """Whether the next ``schedule`` might take a waiting sequence in."""
-        return bool(self.waiting and self._free_slots)
+        return bool(self.waiting and self._free_slots) and not self._is_refused(self.waiting[0])
 
     @property
     def context_length(self) -> int:
@@ -149,6 +164,11 @@ class Scheduler:
         budget = self._config.max_prefill_tokens or 1 << 60
         preempted = False
         for seq in sorted(self.running, key=self._rank):
+            if seq.status is Status.RUNNING and not seq.is_decoding and not preempted:
+                # Those that wait and rank before it go first.
+                admitted = self._admit(budget, num_drafts, before=seq)
+                extends += admitted
+                budget -= sum(extend.num_tokens for extend in admitted)
             extend = self._plan(seq, budget, num_drafts) if seq.status is Status.RUNNING else None
             while extend is not None and not self._make_room(extend):
                 # The last in rank stands at or after seq in this loop, so nothing planned so far is lost.
@@ -189,16 +209,22 @@ class Scheduler:
         """Pages for the tokens to compute and the drafts."""
         return self.pages.grow(extend.seq, extend.end + extend.num_drafts)
 
-    def _admit(self, budget: int, num_drafts: int | None) -> list[Extend]:
+    def _admit(self, budget: int, num_drafts: int | None, before: Sequence | None = None) -> list[Extend]:
+        """before: only those that rank before this one"""
         admitted: list[Extend] = []
-        while self.waiting and self._free_slots and budget > 0:
+        while self.may_admit and budget > 0:
             seq = self.waiting[0]
+            if before is not None and self._rank(seq) > self._rank(before):
+                break
+            num_available = self.pages.num_available
             self.pages.attach_prefix(seq, self._max_prefix(seq))
             extend = self._plan(seq, budget, num_drafts)
             missing = self.pages.pages_for(len(seq.tokens) + 1) - len(seq.pages)
             if extend is None or missing > self.pages.num_available or not self._make_room(extend):
+                self._refused = _Refused(seq.arrival, num_available, seq.nodes)
                 self.pages.release(seq)
                 break
+            self._refused = None
             self.waiting.pop(0)
             seq.status = Status.RUNNING
             seq.slot = self._free_slots.pop()
@@ -209,6 +235,14 @@ class Scheduler:
             admitted.append(extend)
             budget -= extend.num_tokens
         return admitted
+
+    def _is_refused(self, seq: Sequence) -> bool:
+        """Whether there was no memory for the sequence, and neither that nor its cached prefix has grown."""
+        last = self._refused
+        if last is None or last.arrival != seq.arrival or not self.running:
+            return False
+        has_grown = self.pages.cache.has_next(last.prefix, seq.tokens, seq.request.cache_salt)
+        return self.pages.num_available <= last.num_available and not has_grown
 
     def _max_prefix(self, seq: Sequence) -> int:
         """At least one token must be computed, and every prompt position whose logprob is wanted and not yet known."""
