@@ -98,8 +98,8 @@ def check_numbers(stepper: Stepper, *, vocab_size: int, context_length: int) -> 
     scheduler.pages.flush()
     if not all(math.isfinite(known.logprob) for known in seq.prompt_logprobs or () if known.logprob is not None):
         raise CheckpointError(
-            "the model computes NaN or infinite values for an ordinary prompt: a weight of its files is NaN or "
-            "infinite, or --dtype float16 is too narrow for it; download the checkpoint again, or use --dtype bfloat16"
+            "the model computes NaN or infinite values for an ordinary prompt: a weight of its files is far "
+            "too large, or --dtype float16 is too narrow for it; download the checkpoint again, or use --dtype bfloat16"
         )
 
 
