@@ -54,7 +54,7 @@ def test_a_changing_number_of_drafts_changes_nothing(
     expected = run_all(make_engine(num_draft_steps=0), _requests(8))
     engine = make_engine(num_draft_steps=None, decode_on_device=True, enable_overlap=overlap)
     choices = itertools.cycle([3, 3, 0, 0, 1, 5, 5, 0, 2, 4])
-    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: next(choices))
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: next(choices))
     launches.clear()
     assert run_all(engine, _requests(8)) == expected
     assert len(launches) > 5
@@ -99,7 +99,7 @@ def test_pages_taken_over_without_draft_entries_are_not_said_to_have_them(
 ) -> None:
     """The second request finds its own output cached by the first, which drafted nothing, while a step is under way."""
     drafts = [0]
-    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: drafts[0])
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: drafts[0])
     engine = make_engine(num_draft_steps=None, decode_on_device=on_device, page_size=16)
     prompt = prompts(1, seed=3, shortest=30)[0]
     (first,) = run_all(engine, [request("first", prompt, 120)]).values()
@@ -262,6 +262,24 @@ def test_padded_sizes_waste_little_and_reach_the_largest() -> None:
             assert next(size for size in sizes if size >= num) <= 1.5 * num
 
 
+@pytest.mark.parametrize("decode_on_device", [False, True])
+def test_the_policy_learns_beside_a_request_that_drafts_a_number_of_its_own(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, decode_on_device: bool
+) -> None:
+    engine = make_engine(num_draft_steps=None, decode_on_device=decode_on_device, max_running_requests=3)
+    told: list[int] = []
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: 1)
+    monkeypatch.setattr(
+        DraftLengthPolicy,
+        "observe",
+        lambda self, n, k, *_, has_fixed=False: told.append(k) if n and has_fixed else None,
+    )
+    seeded = request("seeded", [5, 6], 40, temperature=0.8, has_own_seed=True)
+    run_all(engine, [request("a", [5, 6, 7], 100), request("b", [8, 9], 100), seeded])
+    assert len(told) > 5
+    assert set(told) == {1}
+
+
 def test_the_policy_hears_what_it_takes_to_make_up_for_missing_entries(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +292,7 @@ def test_the_policy_hears_what_it_takes_to_make_up_for_missing_entries(
     run = SpeculativeCycle.run
     monkeypatch.setattr(SpeculativeCycle, "run", lambda self, some: beside.append(len(some)) or run(self, some))
     monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: 2 * (next(num_steps) % 40 < 4))
-    monkeypatch.setattr(DraftLengthPolicy, "observe_catching_up", lambda self, n, seconds: told.append(n))
+    monkeypatch.setattr(DraftLengthPolicy, "observe_catching_up", lambda self, n, *_, **__: told.append(n))
     run_all(engine, [request("a", [5, 6, 7, 8], 300)])
     assert told == beside[1:], "all but the prompt's step"
     assert len(told) > 5

@@ -11,8 +11,10 @@ import pytest
 from nextn import demo
 from nextn.config.engine_config import EngineConfig
 from nextn.errors import CheckpointError, ConfigError
+from nextn.execution.counters import Counters
 from nextn.execution.engine import Engine
 from nextn.protocol.messages import AddRequest
+from nextn.scheduler.scheduler import Decision, Extend
 from nextn.speculative.policy import DraftLengthPolicy
 from scipy import stats
 
@@ -48,7 +50,7 @@ def test_greedy_output_does_not_depend_on_drafts_or_batching(
 ) -> None:
     engine = make_engine(num_draft_steps=num_drafts)
     choices = itertools.cycle([3, 0, 0, 1, 5, 0, 2, 4])  # a random model's drafts are so bad that it would choose 0
-    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: next(choices))
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: next(choices))
     requests = [request(str(i), prompt) for i, prompt in enumerate(prompts(8))]
     outputs = (
         run_all(engine, requests) if together else {k: v for r in requests for k, v in run_all(engine, [r]).items()}
@@ -184,6 +186,15 @@ def test_each_output_says_how_its_tokens_came_about(make_engine: EngineFactory, 
     assert (num_drafted > num_accepted > 0) == (num_drafts > 0)
 
 
+def test_accepted_drafts_behind_a_requests_end_do_not_count(make_engine: EngineFactory) -> None:
+    seq = make_engine().scheduler.add(request("a", [5, 6, 7, 8]))
+    counters = Counters(3)
+    extend = Extend(seq, 3, 1, 3, decides=True, wants_drafts=True)
+    for kept in ([1, 2, 3, 4], [1, 2], [1]):
+        counters.count(extend, Decision([1, 2, 3, 4], 3), kept, is_first=False)
+    assert (counters.num_verify_passes, counters.drafted, counters.accepted) == (3, [3, 3, 3], [3, 2, 1])
+
+
 def test_stop_tokens_wait_for_the_minimum_length(make_engine: EngineFactory) -> None:
     rules = SAMPLING_RULES["minimum"]
     for tokens in run_all(make_engine(), [request("a", [1, 2, 3], 30, **rules)]).values():
@@ -298,13 +309,12 @@ def test_an_eos_that_the_vocabulary_lacks_is_left_out_and_said(
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.self_attn.o_proj", "lm_head"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path, where: str, value: float) -> None:
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path, where: str) -> None:
     def spoil(state: State) -> None:
-        state[f"{where}.weight"][3, 5] = value
+        state[f"{where}.weight"][3] = 3e38  # what it is multiplied with is too much for float32
 
     folder = write_checkpoint(tmp_path, tiny_config(), mutate=spoil)
-    with pytest.raises(CheckpointError, match="NaN or infinite"):
+    with pytest.raises(CheckpointError, match="computes NaN or infinite values for an ordinary prompt"):
         Engine(EngineConfig(model_path=str(folder), max_total_tokens=512))
 
 

@@ -129,7 +129,7 @@ def test_the_policy_may_change_the_number_of_drafts(
 ) -> None:
     choices = iter([3, 0, 0, 1, 5, 0, 2, 4] * 100)
     engine = _engine(folder, num_draft_steps=None)
-    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: next(choices))
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: next(choices))
     assert run_all(engine, _requests()) == plain
 
 
@@ -167,7 +167,7 @@ def test_recorded_steps_draft_where_output_is_greedy(
 
 def test_the_policy_hears_of_drafts_that_a_grammar_drops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[int, int]] = []
-    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda self, num_seqs, will_be_timed: 3)
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: 3)
     engine = _engine(folder, num_draft_steps=None, decode_on_device=True)
     monkeypatch.setattr(DraftLengthPolicy, "observe_acceptance", lambda self, *counts: heard.append(counts))
     outputs = run_outputs(engine, [request("a", _prompt(1), 40, grammar=GRAMMARS[0], ignore_eos=False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -49,6 +50,55 @@ def test_it_notices_when_a_draft_turns_bad_and_when_it_turns_good_again() -> Non
     for acceptance, expected in ((0.9, {3, 4, 5}), (0.0, {0}), (0.9, {3, 4, 5})):
         simulate(policy, acceptance, 0.1, 4, 3000)
         assert policy.best(4) in expected
+
+
+def test_where_some_draft_a_number_of_their_own_the_others_are_judged_by_such_steps() -> None:
+    """Alone, drafting does not pay; where a step computes many rows anyway it does."""
+    policy = DraftLengthPolicy(MAX_DRAFTS)
+    simulate(policy, 0.7, 0.9, 4, 500)
+    for _ in range(1000):
+        k = policy.choose(4, has_fixed=True)
+        policy.observe(4, k, 1 + 0.05 * k, has_fixed=True)
+    assert policy.best(4) == 0
+    assert policy.best(4, has_fixed=True) > 2
+    assert policy.choose(4, has_fixed=True) > 2
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["new", "known of another batch size"])
+def test_what_cannot_be_timed_is_not_tried_for_ever(is_known: bool) -> None:
+    policy = DraftLengthPolicy(MAX_DRAFTS)
+    if is_known:
+        simulate(policy, 0.9, 0.05, 4, 500)
+    best = policy.best(16)
+    chosen = [policy.choose(16) for _ in range(1000)]
+    assert sum(k != best for k in chosen) < 150
+    simulate(policy, 0.9, 0.05, 16, 1000)
+    assert policy.best(16) in {3, 4, 5}
+
+
+def test_what_a_similar_batch_teaches_later_counts_too() -> None:
+    """A guess is not a snapshot."""
+    policy = DraftLengthPolicy(MAX_DRAFTS)
+    for draft_cost, expected in ((1.2, {0}), (0.05, {3, 4, 5})):
+        for _ in range(200):
+            for k in range(MAX_DRAFTS + 1):
+                policy.observe(8, k, 1 + k * draft_cost)
+        assert policy.best(16) in expected
+
+
+def test_steps_that_make_the_draft_layer_ready_count_as_what_a_try_costs() -> None:
+    gaps = []
+    for catching_up in (0.0, 30.0):
+        policy = DraftLengthPolicy(MAX_DRAFTS)
+        simulate(policy, 0.0, 0.2, 64, 2000)
+        tried: list[int] = []
+        for step in range(6000):
+            if k := policy.choose(64):
+                tried.append(step)
+                policy.observe_catching_up(64, 1.0 + catching_up + 2.0, num_prompt_tokens=0)
+            policy.observe(64, k, 1 + 0.2 * k)
+        gaps.append(max(b - a for a, b in itertools.pairwise(tried)))
+    assert gaps[0] < 1000 < gaps[1]
 
 
 def test_one_slow_step_does_not_change_its_mind() -> None:

@@ -28,6 +28,7 @@ class Counters:
         self.num_finished += seq.finish_reason is not None
         if extend.num_drafts:
             self.num_verify_passes += 1
+            num_accepted = min(decision.num_accepted, len(kept))
             for j in range(extend.num_drafts):
                 self.drafted[j] += 1
-                self.accepted[j] += j < decision.num_accepted
+                self.accepted[j] += j < num_accepted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,8 +116,13 @@ class Stepper:
     def _choose(self, policy: DraftLengthPolicy | None, num_drafts: int | None) -> int | None:
         if policy is None:
             return num_drafts
-        num_decoding = self.scheduler.num_decoding
-        return policy.choose(max(num_decoding, 1), will_be_timed=num_decoding > 0)
+        decoding = [seq for seq in self.scheduler.running if seq.is_decoding]
+        num_fixed = sum(seq.needs_fixed_drafts for seq in decoding)
+        return policy.choose(
+            len(decoding) or max(self.scheduler.num_expected, 1),
+            has_fixed=num_fixed > 0,
+            will_be_timed=num_fixed < len(decoding),
+        )
 
     def _run(
         self, extends: list[Extend], launched: _Launched | None, policy: DraftLengthPolicy | None
@@ -202,7 +208,9 @@ class Stepper:
         now = time.perf_counter()
         seconds, self._last_end = now - max(launched.started, self._last_end), now
         if policy is not None:
-            policy.observe(len(launched.seqs), launched.num_drafts, seconds, 0)
+            num_seqs, chosen = len(launched.seqs), _chosen(zip(launched.seqs, launched.wanted, strict=True))
+            if chosen:
+                policy.observe(num_seqs, max(chosen), seconds, has_fixed=len(chosen) < num_seqs)
         return self._commit(extends, decisions, policy, 0)
 
     def _decided(self, launched: _Launched) -> tuple[list[Extend], list[Decision]]:
@@ -296,16 +304,22 @@ def _tell_time(
 
     Called before the scheduler takes the decisions in. is_usual: whether decode steps are computed in this way
     """
-    decoding = [extend for extend in extends if extend.decides and extend.seq.num_output]
-    num_drafts = decoding[0].num_drafts if decoding else 0
-    if any(extend.num_drafts != num_drafts for extend in decoding):
-        return
-    lags = any(
-        extend.decides and extend.seq.num_output and decision.num_draft_computed != extend.seq.num_draft_computed
+    decoding = [
+        (extend, decision)
         for extend, decision in zip(extends, decisions, strict=True)
-    )
-    if num_drafts or not lags:
-        if is_usual:
-            policy.observe(len(decoding), num_drafts, seconds, num_prompt_tokens)
-    elif not num_prompt_tokens:
-        policy.observe_catching_up(len(decoding), seconds)
+        if extend.decides and extend.seq.num_output
+    ]
+    chosen = _chosen((extend.seq, extend.num_drafts) for extend, _ in decoding)
+    if decoding and not chosen:
+        return
+    has_fixed, num_drafts = len(chosen) < len(decoding), max(chosen, default=0)
+    lags = any(decision.num_draft_computed != extend.seq.num_draft_computed for extend, decision in decoding)
+    if len(set(chosen)) > 1 or (lags and not num_drafts):
+        policy.observe_catching_up(len(decoding), seconds, num_prompt_tokens, has_fixed=has_fixed)
+    elif is_usual:
+        policy.observe(len(decoding), num_drafts, seconds, num_prompt_tokens, has_fixed=has_fixed)
+
+
+def _chosen(drafts: Iterable[tuple[Sequence, int]]) -> list[int]:
+    """Of those sequences that follow the policy. drafts: of each"""
+    return [num_drafts for seq, num_drafts in drafts if not seq.needs_fixed_drafts]

@@ -96,7 +96,9 @@ class _EngineCollector(Collector):
             "Share of prompt tokens found in the prefix cache since start.",
             _ratio(stats.cached_tokens, stats.prompt_tokens),
         )
-        yield _gauge("spec_accept_length", "Tokens per verify pass since start, bonus included.", stats.accept_length)
+        yield _gauge(
+            "spec_accept_length", "Tokens per verify pass since start, the target's own included.", stats.accept_length
+        )
         yield _counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
         yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", stats.cached_tokens)
         yield _counter("generation_tokens", "Generated tokens.", stats.generation_tokens)

@@ -26,11 +26,14 @@ REVIEW_EVERY = 8
 PROBE_SHARE = 0.005
 """Share of the time that tries of another k may cost."""
 
-MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 512
+MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 2048
 """Steps between two tries, at least and at most."""
 
 MAX_PROBE_TRIES = 8
 """Steps after which a try is given up that could not be timed, because not all sequences drafted alike."""
+
+UNTIMED_REST = 64
+"""Steps until a k whose tries could not be timed is tried again."""
 
 COST_MEMORY = 0.1
 RATE_MEMORY = 0.005
@@ -61,7 +64,7 @@ class DraftLengthPolicy:
         self.max_drafts = max_drafts
         self._accepted = [0.0] * max_drafts
         self._num_seen = [0] * max_drafts
-        self._costs: dict[int, _StepCosts] = {}
+        self._costs: dict[tuple[int, bool], _StepCosts] = {}
         self._prompt_token_seconds = 0.0  # 0 is not known yet
         self._num_prompt_tokens = self._num_generated_tokens = 0.0  # of late
         self._steps_until_probe = MIN_PROBE_GAP
@@ -78,17 +81,18 @@ class DraftLengthPolicy:
             chances.append((num_seen * rate + GUESS_WEIGHT * chances[-1]) / (num_seen + GUESS_WEIGHT))
         return chances[1:]
 
-    def choose(self, num_seqs: int, *, will_be_timed: bool = True) -> int:
+    def choose(self, num_seqs: int, *, has_fixed: bool = False, will_be_timed: bool = True) -> int:
         """The number of drafts for a step of ``num_seqs`` ≥ 1 decoding sequences.
 
+        has_fixed: whether some of them draft a number of their own, whatever this one is
         will_be_timed: whether ``observe`` will hear of it, so that something can be tried
         """
-        costs = self._costs_at(num_seqs)
+        costs = self._costs_at(num_seqs, has_fixed)
         self._steps_until_probe -= will_be_timed
         if costs.steps_until_review > 0:
             costs.steps_until_review -= 1
             return costs.chosen
-        best = self.best(num_seqs)
+        best = self.best(num_seqs, has_fixed=has_fixed)
         # Where nothing is known, everything is tried; where a similar batch is, none at all and what looks best.
         if not will_be_timed:
             return best
@@ -98,32 +102,39 @@ class DraftLengthPolicy:
                 return self._probing
             self._probing, self._steps_until_probe = None, MAX_PROBE_GAP
         untried = [k for k in ((0, best) if costs.guess else range(self.max_drafts, -1, -1)) if not costs.trusts(k)]
-        if untried:
+        if untried and costs.untimed < MAX_PROBE_TRIES:
+            costs.untimed += 1
             return untried[0]
+        if untried:
+            costs.untimed, costs.chosen, costs.steps_until_review = 0, best, UNTIMED_REST
+            return best
         if self._steps_until_probe <= 0:
             return self._probe(best)
         costs.chosen, costs.steps_until_review = best, REVIEW_EVERY - 1
         return best
 
-    def best(self, num_seqs: int) -> int:
+    def best(self, num_seqs: int, *, has_fixed: bool = False) -> int:
         """The k with the most expected tokens per second, as far as known; none, if drafting hardly gains."""
-        costs, yields = self._costs_at(num_seqs), self._expected_tokens()
+        costs, yields = self._costs_at(num_seqs, has_fixed), self._expected_tokens()
         upkeep = UPKEEP_SHARE * self._prompt_token_seconds * self._prompts_per_token * num_seqs
         speeds = [tokens / (costs.estimate(k) + (tokens * upkeep if k else 0)) for k, tokens in enumerate(yields)]
         speeds[0] *= MIN_GAIN
         return speeds.index(max(speeds))
 
-    def observe(self, num_seqs: int, num_drafts: int, seconds: float, num_prompt_tokens: int = 0) -> None:
+    def observe(
+        self, num_seqs: int, num_drafts: int, seconds: float, num_prompt_tokens: int = 0, *, has_fixed: bool = False
+    ) -> None:
         """Record what a step took.
 
-        num_seqs: decoding sequences, which all drafted ``num_drafts`` tokens; may be 0 beside prompts
+        num_seqs: decoding sequences; may be 0 beside prompts
+        num_drafts: tokens that all of them drafted, but those that draft a number of their own (has_fixed)
         num_prompt_tokens: of prompts, computed in the same step
         """
         of_prompts = num_prompt_tokens * self._prompt_token_seconds
         if num_seqs == 0:
             self._update_prompt(seconds, num_prompt_tokens)
             return
-        costs = self._costs_at(num_seqs)
+        costs = self._costs_at(num_seqs, has_fixed)
         of_decoding = seconds
         if num_prompt_tokens:
             if costs.trusts(num_drafts):
@@ -137,17 +148,20 @@ class DraftLengthPolicy:
                 return  # what is left for the decoding sequences would be mostly noise
         costs.update(num_drafts, of_decoding)
         if num_drafts == self._probing:
-            self._end_probe(num_seqs, of_decoding)
+            self._end_probe(num_seqs, of_decoding, has_fixed)
 
     def observe_traffic(self, num_prompt_tokens: int, num_generated_tokens: int) -> None:
         """Record what a step computed of prompts, and what it generated."""
         self._num_prompt_tokens += num_prompt_tokens - TRAFFIC_MEMORY * self._num_prompt_tokens
         self._num_generated_tokens += num_generated_tokens - TRAFFIC_MEMORY * self._num_generated_tokens
 
-    def observe_catching_up(self, num_seqs: int, seconds: float) -> None:
-        """Record a step that drafted nothing, but made the draft layer ready to."""
+    def observe_catching_up(
+        self, num_seqs: int, seconds: float, num_prompt_tokens: int = 0, *, has_fixed: bool = False
+    ) -> None:
+        """Record a step that made the draft layer ready to draft, for some sequences at least; see ``observe``."""
         if self._probing is not None:
-            self._seconds_of_probe += seconds - self._costs_at(num_seqs).estimate(0)
+            usual = self._costs_at(num_seqs, has_fixed).estimate(0) + num_prompt_tokens * self._prompt_token_seconds
+            self._seconds_of_probe += max(seconds - usual, 0.0)
 
     def observe_acceptance(self, drafted: int, accepted: int) -> None:
         """Record a verified chain."""
@@ -176,11 +190,11 @@ class DraftLengthPolicy:
         self._seconds_of_probe = 0.0
         return self._probing
 
-    def _end_probe(self, num_seqs: int, seconds: float) -> None:
+    def _end_probe(self, num_seqs: int, seconds: float, has_fixed: bool) -> None:
         """What the probe lost sets when the next may come."""
         assert self._probing is not None, "there is a probe to end"
-        best, yields = self.best(num_seqs), self._expected_tokens()
-        usual = self._costs_at(num_seqs).estimate(best)
+        best, yields = self.best(num_seqs, has_fixed=has_fixed), self._expected_tokens()
+        usual = self._costs_at(num_seqs, has_fixed).estimate(best)
         lost = (self._seconds_of_probe + seconds) / usual - yields[self._probing] / yields[best]
         self._steps_until_probe = max(MIN_PROBE_GAP, min(MAX_PROBE_GAP, int(lost / PROBE_SHARE)))
         self._probing = None
@@ -189,28 +203,30 @@ class DraftLengthPolicy:
         """Per sequence, of a step that drafts 0, 1, … tokens."""
         return list(accumulate(accumulate(self.acceptance, mul, initial=1.0)))
 
-    def _costs_at(self, num_seqs: int) -> _StepCosts:
+    def _costs_at(self, num_seqs: int, has_fixed: bool) -> _StepCosts:
         """Similar batch sizes share their measurements: 1, 2, 3, 4, 5 … 6, 7 … 8, 9 … 12, 13 … 16, …"""
         octave = (num_seqs - 1).bit_length()
         bucket = 2 * octave + (4 * num_seqs > 3 << octave)
-        if bucket not in self._costs:
+        if (bucket, has_fixed) not in self._costs:
             known = [other for other, costs in self._costs.items() if costs.is_complete]
-            nearest = min(known, key=lambda other: abs(other - bucket), default=None)
-            guess = [] if nearest is None else [self._costs[nearest].estimate(k) for k in range(self.max_drafts + 1)]
-            self._costs[bucket] = _StepCosts(self.max_drafts, guess)
-        return self._costs[bucket]
+            nearest = min(known, key=lambda other: (other[1] != has_fixed, abs(other[0] - bucket)), default=None)
+            guess = None if nearest is None else self._costs[nearest]
+            self._costs[bucket, has_fixed] = _StepCosts(self.max_drafts, guess)
+        return self._costs[bucket, has_fixed]
 
 
 class _StepCosts:
     """Running means of a step's seconds by number of drafts, at one batch size.
 
-    guess: the seconds at a similar batch size, or nothing; scaled by the nearest k measured here, they stand in
-        for what was not measured
+    guess: those of a similar batch, or None; scaled by the nearest k measured here, they stand in for what was not
+        measured
+    untimed: tries of late that were not timed
     chosen, steps_until_review: what the next steps do without another look
     """
 
-    def __init__(self, max_drafts: int, guess: list[float]) -> None:
+    def __init__(self, max_drafts: int, guess: _StepCosts | None) -> None:
         self.guess = guess
+        self.untimed = 0
         self.seconds = [0.0] * (max_drafts + 1)
         self.num_seen = [0] * (max_drafts + 1)
         self.chosen = 0
@@ -219,7 +235,7 @@ class _StepCosts:
     @property
     def is_complete(self) -> bool:
         """Whether every k has an estimate."""
-        return bool(self.guess) or all(self.num_seen)
+        return self.guess is not None or all(self.num_seen)
 
     def trusts(self, k: int) -> bool:
         return self.num_seen[k] >= TRIES_AT_FIRST
@@ -228,13 +244,15 @@ class _StepCosts:
         """Seconds of a step with k drafts; infinite if there is nothing to go by."""
         if self.num_seen[k]:
             return self.seconds[k]
-        if not self.guess:
+        if self.guess is None:
             return float("inf")
         measured = [other for other, num_seen in enumerate(self.num_seen) if num_seen]
         nearest = min(measured, key=lambda other: abs(other - k), default=None)
-        return self.guess[k] * (1.0 if nearest is None else self.seconds[nearest] / self.guess[nearest])
+        scale = 1.0 if nearest is None else self.seconds[nearest] / self.guess.estimate(nearest)
+        return self.guess.estimate(k) * scale
 
     def update(self, k: int, seconds: float) -> None:
+        self.untimed = 0
         self.num_seen[k] += 1
         if self.num_seen[k] <= TRIES_AT_FIRST:
             # The first tries warm caches up: the fastest says most.
