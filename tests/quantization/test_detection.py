@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig as LibraryConfig
+from nextn.checkpoint.plan import make_plan
+from nextn.config.engine_config import EngineConfig
 from nextn.errors import QuantizationError
 from nextn.quantization.detect import detect_quantization
 from nextn.quantization.names import match_entry, match_prefix
@@ -48,6 +50,36 @@ def test_hf_quant_config_json_is_read(tmp_path: Path) -> None:
     assert found is not None
     assert found.scheme_for(["model.layers.1.self_attn.o_proj"]).activation == "static_tensor"
     assert found.scheme_for(["model.layers.3.self_attn.o_proj"]).kind == "unquantized"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "quant", "kind", "activation"),
+    [
+        ("FP8", "tensor_static", "fp8_tensor", "static_tensor"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", "channel", "fp8_channel", "dynamic_token"),
+    ],
+)
+@pytest.mark.parametrize("field", ["ignore", "exclude_modules"])
+def test_modelopt_in_config_json_is_served(
+    field: str, algorithm: str, quant: Quant, kind: str, activation: str, tmp_path: Path
+) -> None:
+    number = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+    def exported(config: dict[str, Any]) -> None:
+        config["quantization_config"] = {
+            "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
+            field: ["lm_head", "model.layers.*.mlp.gate", "model.layers.3.eh_proj"],
+            "producer": {"name": "modelopt", "version": "0.39.0"},
+            "quant_algo": algorithm,
+            "quant_method": "modelopt",
+        }
+
+    folder = write_checkpoint(tmp_path, CONFIG, quant=quant, mutate_config=exported)
+    plan = make_plan(EngineConfig(model_path=str(folder)), want_draft=True)
+    assert plan.draft is not None
+    for layout in (plan.layout, plan.draft.layout):
+        schemes = [linear.scheme for linear in layout.linears if linear.kind == "experts.w2"]
+        assert {(scheme.kind, scheme.activation) for scheme in schemes} == {(kind, activation)}
 
 
 def test_nothing_declared_is_unquantized(tmp_path: Path) -> None:
@@ -111,6 +143,11 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "e5m2": (declared("block", fmt="e5m2"), "e5m2"),
     "static blocks": (declared("block", activation_scheme="static"), "static"),
     "modelopt fp4": ({"quantization": {"quant_algo": "NVFP4"}}, "NVFP4"),
+    "modelopt fp4 in config.json": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+    "modelopt with quantized KV": (
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8}},
+        "kv_cache_scheme",
+    ),
 }
 
 

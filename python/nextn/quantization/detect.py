@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,14 @@ from nextn.errors import QuantizationError
 from nextn.quantization.compressed_tensors import CompressedTensorsConfig
 from nextn.quantization.fp8 import Fp8Config
 from nextn.quantization.names import entry_list
-from nextn.quantization.scheme import QuantizationConfig
+from nextn.quantization.scheme import INPUT_NOTES, ActivationKind, LinearScheme, QuantizationConfig, SchemeKind
 
 METHODS = ("compressed-tensors", "fp8")
+MODELOPT: Mapping[str, tuple[SchemeKind, ActivationKind]] = {
+    "FP8": ("fp8_tensor", "static_tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_channel", "dynamic_token"),
+}
+"""What NVIDIA ModelOpt's algorithms store."""
 
 
 def detect_quantization(folder: Path, declared: Mapping[str, Any] | None) -> QuantizationConfig | None:
@@ -43,6 +47,8 @@ def _from_declared(declared: Mapping[str, Any], where: str) -> QuantizationConfi
     if "quantization" in declared:
         return _from_modelopt(declared["quantization"], where)
     method = declared.get("quant_method")
+    if method == "modelopt" or "quant_algo" in declared:
+        return _from_modelopt(declared, where)
     if method == "compressed-tensors" or (method is None and "config_groups" in declared):
         return CompressedTensorsConfig.from_dict(declared, where)
     if method == "fp8":
@@ -53,16 +59,20 @@ def _from_declared(declared: Mapping[str, Any], where: str) -> QuantizationConfi
 
 
 def _from_modelopt(declared: Mapping[str, Any], where: str) -> QuantizationConfig:
-    """NVIDIA ModelOpt's ``hf_quant_config.json``; its FP8 is per tensor with static activations."""
+    """NVIDIA ModelOpt's, as ``hf_quant_config.json`` nests it or as config.json has it, flat and under newer names."""
     if not isinstance(declared, Mapping):
         raise QuantizationError(f"{where}: quantization: found {declared!r}, expected an object")
     algorithm = declared.get("quant_algo")
-    if algorithm != "FP8":
-        raise QuantizationError(f"{where}: quant_algo {algorithm!r} is not supported; expected 'FP8'")
-    if declared.get("kv_cache_quant_algo"):
-        raise QuantizationError(f"{where}: kv_cache_quant_algo is not supported; remove it to serve the KV unquantized")
-    place = f"{where}: exclude_modules"
-    entries = entry_list(declared.get("exclude_modules"), place)
+    if str(algorithm) not in MODELOPT:
+        raise QuantizationError(f"{where}: quant_algo {algorithm!r} is not supported; expected {' or '.join(MODELOPT)}")
+    for field in ("kv_cache_quant_algo", "kv_cache_scheme"):
+        if declared.get(field):
+            raise QuantizationError(f"{where}: {field} is not supported; remove it to serve the KV unquantized")
+    kind, activation = MODELOPT[str(algorithm)]
+    place = f"{where}: {'exclude_modules' if declared.get('exclude_modules') else 'ignore'}"
+    entries = entry_list(declared.get("exclude_modules") or declared.get("ignore"), place)
     excluded = [f"re:{fnmatch.translate(entry)}" if "*" in entry else entry for entry in entries]
-    config = Fp8Config.from_dict({"activation_scheme": "static", "modules_to_not_convert": excluded}, where)
-    return replace(config, where=place)
+    scheme = LinearScheme(
+        kind, "weight_scale", activation=activation, source=f"detected in {where}{INPUT_NOTES.get(activation, '')}"
+    )
+    return Fp8Config(scheme, dict.fromkeys(excluded), place)
