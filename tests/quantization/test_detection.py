@@ -122,6 +122,19 @@ def test_a_name_counts_for_more_than_a_pattern_and_that_for_more_than_the_class(
     assert found.scheme_for(["model.layers.1.self_attn.q_proj"]).kind == "fp8_channel"
 
 
+def _grouped(form: str, of_group: str | None) -> dict[str, Any]:
+    raw = declared("channel", format=form)
+    raw["config_groups"]["group_0"]["format"] = of_group
+    return raw
+
+
+@pytest.mark.parametrize("form", ["float-quantized", "naive-quantized"])
+def test_groups_with_formats_of_their_own_are_served(form: str) -> None:
+    found = detect(_grouped("mixed-precision", form))
+    assert found is not None
+    assert found.scheme_for(["model.layers.1.self_attn.o_proj"]).kind == "fp8_channel"
+
+
 def _weights(**changes: Any) -> dict[str, Any]:
     raw = declared("channel")
     raw["config_groups"]["group_0"]["weights"].update(changes)
@@ -137,6 +150,9 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "groups": (_weights(strategy="group"), "'strategy': 'group'"),
     "asymmetric": (_weights(symmetric=False), "symmetric"),
     "packed": (declared("channel", format="pack-quantized"), "pack-quantized"),
+    "a packed group": (_grouped("mixed-precision", "pack-quantized"), r"group_0\.format: found 'pack-quantized'"),
+    "a packed group under another": (_grouped("float-quantized", "pack-quantized"), r"group_0\.format: found 'pack-"),
+    "a group without a format": (_grouped("mixed-precision", None), r"group_0\.format: found 'mixed-precision'"),
     "nvfp4": (declared("channel", format="nvfp4-pack-quantized"), "nvfp4"),
     "rotated weights": (declared("channel", transform_config={"config_groups": {"R1": {}}}), "transform_config"),
     "quantized KV": (declared("channel", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),

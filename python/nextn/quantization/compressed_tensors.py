@@ -14,6 +14,9 @@ SUPPORTED = (
     "compressed-tensors is served with 8-bit symmetric float weights, strategy channel, tensor or block, and "
     "activations that are absent, dynamic per token or group, or static per tensor"
 )
+FORMATS = ("float-quantized", "naive-quantized")
+MIXED = "mixed-precision"
+"""The format of a config whose groups each have their own."""
 _KINDS: dict[str, SchemeKind] = {"channel": "fp8_channel", "tensor": "fp8_tensor", "block": "fp8_block"}
 
 
@@ -36,8 +39,8 @@ class CompressedTensorsConfig:
         Raises QuantizationError if it asks for something that is not supported.
         """
         form = raw.get("format", "float-quantized")
-        if form not in ("float-quantized", "naive-quantized"):
-            raise QuantizationError(f"{where}: format: found {form!r}, expected 'float-quantized'; {SUPPORTED}")
+        if form != MIXED:
+            _check_format(form, f"{where}: format")
         if raw.get("transform_config"):
             raise QuantizationError(
                 f"{where}: transform_config is not supported: its weights are rotated, and mean something else without "
@@ -50,7 +53,9 @@ class CompressedTensorsConfig:
             raise QuantizationError(f"{where}: config_groups: found {groups!r}, expected at least one group")
         targets: dict[str, LinearScheme] = {}
         for name, group in groups.items():
-            of_group, scheme = _targets(name, group, where), _scheme(name, group, where)
+            of_group = _targets(name, group, where)
+            _check_format(group.get("format") or form, f"{where}: {name}.format")
+            scheme = _scheme(name, group, where)
             for target in of_group:
                 targets.setdefault(target, scheme)
         return cls(
@@ -71,6 +76,11 @@ class CompressedTensorsConfig:
             return LinearScheme("unquantized", source=f"ignore entry {entry!r}")
         target = match_entry(name, self.targets) or "Linear"  # a name or a pattern counts for more than the class
         return self.targets.get(target, LinearScheme("unquantized", source="no config group targets it"))
+
+
+def _check_format(form: Any, place: str) -> None:
+    if form not in FORMATS:
+        raise QuantizationError(f"{place}: found {form!r}, expected {FORMATS[0]!r}; {SUPPORTED}")
 
 
 def _targets(name: str, group: Mapping[str, Any], where: str) -> tuple[str, ...]:
