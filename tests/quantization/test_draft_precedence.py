@@ -97,6 +97,16 @@ def test_a_bf16_draft_of_an_fp8_target_is_bf16(
     assert "unquantized" in (loaded.report.draft_reason or "")
 
 
+@pytest.mark.parametrize("entries", [["self_attn.q_proj"], ["mlp.experts.3.up_proj", "mlp.shared_experts.gate_proj"]])
+def test_a_bf16_draft_of_which_some_shards_are_ignored_is_bf16(entries: list[str], tmp_path: Path) -> None:
+    def ignore(config: dict[str, Any]) -> None:
+        config["quantization_config"]["ignore"] += [f"{LAST}.{entry}" for entry in entries]
+
+    loaded = load(write_checkpoint(tmp_path, CONFIG, quant="channel", draft="bf16_no_scales", mutate_config=ignore))
+    assert draft_schemes(loaded) == {"unquantized"}
+    assert_weights(loaded, "channel", bf16_draft=True)
+
+
 def _drop_scale(state: State) -> None:
     for suffix in ("weight_scale", "weight_scale_inv"):
         state.pop(f"{LAST}.mlp.experts.3.up_proj.{suffix}", None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nextn.errors import QuantizationError
 from nextn.quantization.names import agreed
-from nextn.quantization.scheme import UNQUANTIZED, LinearScheme, QuantizationConfig
+from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
 FP8_DTYPE = "F8_E4M3"
 SCALE_SUFFIXES = ("weight_scale", "weight_scale_inv")
@@ -34,8 +34,7 @@ class CheckedQuantization:
 
     def scheme_for(self, shard_names: Sequence[str]) -> LinearScheme:
         """As QuantizationConfig. A module that is declared FP8 but stored in BF16 without scales is BF16."""
-        declared = self.declared.scheme_for(shard_names) if self.declared is not None else UNQUANTIZED
-        scheme = agreed(shard_names, [self._check(name, declared) for name in shard_names])
+        scheme = agreed(shard_names, [self._check(name, scheme_of(self.declared, [name])) for name in shard_names])
         return replace(scheme, source=self.decided_by) if self.decided_by and scheme.is_quantized else scheme
 
     def unmatched_ignores(self, modules: Collection[str]) -> list[str]:
