@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -142,6 +143,75 @@ def test_the_override_is_judged_against_the_donor(tmp_path: Path) -> None:
     assert schemes(load(target, donor, draft_quantization="fp8")) == ("unquantized", "fp8_block")
     with pytest.raises(QuantizationError, match="the draft's tensors are fp8, which is not compatible"):
         load(target, donor, draft_quantization="compressed-tensors")
+
+
+def _undeclared(config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "override", "scheme"),
+    [
+        ("channel", "compressed-tensors", "fp8_channel"),
+        ("tensor", "compressed-tensors", "fp8_tensor"),
+        ("tensor_static", "fp8", "fp8_tensor"),
+        ("channel", "unquant", "fp8_channel"),
+    ],
+)
+def test_the_override_names_the_method_of_a_donor_that_declares_none(
+    quant: Quant, override: str, scheme: str, tmp_path: Path
+) -> None:
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    declared = write_checkpoint(tmp_path / "declared", CONFIG, quant=quant)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant=quant, mutate_config=_undeclared)
+    loaded, expected = load(target, donor, draft_quantization=override), load(target, declared)
+    assert schemes(loaded) == ("unquantized", scheme)
+    assert loaded.draft is not None
+    assert expected.draft is not None
+    o_projs = [one.block.self_attn.o_proj.weight for one in (loaded.draft, expected.draft)]
+    torch.testing.assert_close(*o_projs, rtol=1e-6, atol=0)
+    with pytest.raises(QuantizationError, match=r"q_proj\.weight: holds float8_e4m3fn codes, but it is declared unq"):
+        load(target, donor)
+
+
+def test_blocks_that_nothing_declares_are_of_128(tmp_path: Path) -> None:
+    def in_large_blocks(state: State) -> None:
+        for name in [name for name in state if name.endswith("_scale")]:
+            state[f"{name}_inv"] = state.pop(name).view(1, 1)
+
+    def donor(name: str, mutate: Callable[[State], None] | None, quant: Quant) -> Path:
+        return write_checkpoint(tmp_path / name, CONFIG, quant=quant, mutate=mutate, mutate_config=_undeclared)
+
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    assert schemes(load(target, donor("large", in_large_blocks, "tensor"), draft_quantization="fp8"))[1] == "fp8_block"
+    with pytest.raises(CheckpointError, match=r"weight_scale_inv: found shape .*, expected \(1, 1\), as fp8_block"):
+        load(target, donor("small", None, "block"), draft_quantization="fp8")
+
+
+def test_an_override_that_is_not_what_a_donor_holds_says_what_it_holds(tmp_path: Path) -> None:
+    def no_scales(state: State) -> None:
+        for name in [name for name in state if name.endswith("_scale")]:
+            del state[name]
+
+    def two_kinds(state: State) -> None:
+        name = f"{LAST}.self_attn.o_proj.weight_scale"
+        state[name] = state[name].mean().view(1)
+
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    cases: list[tuple[Callable[[State], None] | None, str]] = [
+        (
+            None,
+            "the draft's tensors are compressed-tensors, which is not .*; pass compressed-tensors, which config.json",
+        ),
+        (no_scales, "--speculative-draft-model-quantization fp8: the draft has float8_e4m3fn weights without a scale"),
+        (two_kinds, "is fp8_channel with a weight_scale, but .*o_proj is fp8_tensor with a weight_scale; declare"),
+    ]
+    for i, (mutate, message) in enumerate(cases):
+        donor = write_checkpoint(
+            tmp_path / f"donor{i}", CONFIG, quant="channel", mutate=mutate, mutate_config=_undeclared
+        )
+        with pytest.raises(QuantizationError, match=message):
+            load(target, donor, draft_quantization="fp8")
 
 
 def test_the_flag_reaches_the_engine_and_drafts_as_well(tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ def _plan_draft(source: Source, target: ModelConfig, engine_config: EngineConfig
             f"{source.folder}: config.json names a NextN layer, but no file has a tensor {prefix}*; download the "
             "missing file (often mtp.safetensors), or pass --speculative-algorithm none"
         )
-    dtypes = {name: info.dtype for name, info in tensors.items()} if source.index is not None else None
-    decision = decide_draft_quantization(source.quantization, engine_config.draft_quantization, dtypes)
+    stored = tensors if source.index is not None else None
+    decision = decide_draft_quantization(source.quantization, engine_config.draft_quantization, stored)
     config = replace(source.config, max_position_embeddings=target.max_position_embeddings)
     has_own_head = f"{prefix}shared_head.head.weight" in tensors
     has_own_embedding = f"{prefix}embed_tokens.weight" in tensors

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from nextn.errors import QuantizationError
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig
 from nextn.quantization.tensors import FP8_DTYPE, CheckedQuantization
+from nextn.quantization.undeclared import StoredTensor, config_of_tensors
 
 FLAG = "--speculative-draft-model-quantization"
 
@@ -48,17 +49,20 @@ class Dequantized:
 
 
 def decide_draft_quantization(
-    detected: QuantizationConfig | None, override: str | None, draft_dtypes: Mapping[str, str] | None
+    detected: QuantizationConfig | None, override: str | None, draft_tensors: Mapping[str, StoredTensor] | None
 ) -> DraftQuantization:
     """Apply the override to what was detected.
 
     detected: the config of the checkpoint that the draft comes from
-    draft_dtypes: safetensors dtype of each of the draft layer's tensors, by name; None for dummy weights, which
-        are what the config says
+    draft_tensors: the draft layer's, by name; None for dummy weights, which are what the config says
     Raises QuantizationError if a method is asked for that the tensors are not in.
     """
-    has_fp8 = detected is not None if draft_dtypes is None else FP8_DTYPE in draft_dtypes.values()
-    checked = CheckedQuantization(detected, draft_dtypes or {})
+    dtypes = {name: tensor.dtype for name, tensor in (draft_tensors or {}).items()}
+    has_fp8 = detected is not None if draft_tensors is None else FP8_DTYPE in dtypes.values()
+    is_declared = detected is not None
+    if override is not None and detected is None and has_fp8:
+        detected = config_of_tensors(draft_tensors or {}, override, f"{FLAG} {override}")
+    checked = CheckedQuantization(detected, dtypes)
     method = detected.method if detected is not None and has_fp8 else "unquantized"
     if override is None:
         return DraftQuantization(checked, checked, _detected_reason(detected, has_fp8), has_fp8)
@@ -69,9 +73,11 @@ def decide_draft_quantization(
         stored = replace(checked, decided_by=f"{FLAG} unquant: weight x scale on load")
         return DraftQuantization(stored, Dequantized(stored), f"dequantized on load: {FLAG} unquant", False, warning)
     if override != method:
+        is_found = is_declared or not has_fp8
+        remedy = f"leave the flag out to use {method}" if is_found else f"pass {method}, which config.json leaves out"
         raise QuantizationError(
-            f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; leave the flag out to use "
-            f"{method}, or quantize the draft as {override}"
+            f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; {remedy}, or quantize the "
+            f"draft as {override}"
         )
     by_flag = replace(checked, decided_by=f"{FLAG} {override}")
     return DraftQuantization(by_flag, by_flag, f"{method}: {FLAG} {override}", has_fp8)
