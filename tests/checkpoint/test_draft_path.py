@@ -71,6 +71,15 @@ def test_a_layer_that_would_borrow_from_a_target_of_another_model_is_refused(par
         load(target, write_checkpoint(tmp_path / "stranger", CONFIG, mutate=of_another))
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_layer_trained_on_a_tied_head_borrows_no_other(is_tied: bool, tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path / "target", tiny_config(tie_word_embeddings=not is_tied))
+    config = tiny_config(tie_word_embeddings=is_tied)
+    with pytest.raises(CheckpointError, match=f"tie_word_embeddings: found {is_tied}, expected {not is_tied} as in"):
+        load(target, write_checkpoint(tmp_path / "without", config))
+    assert load(target, write_checkpoint(tmp_path / "with", config, own_head=True)).draft is not None
+
+
 def test_its_own_head_and_embedding_come_along(tmp_path: Path) -> None:
     target = write_checkpoint(tmp_path / "target", tiny_config(num_nextn_predict_layers=0))
     donor = write_checkpoint(tmp_path / "donor", CONFIG, own_head=True, own_embedding=True, seed=2)

@@ -146,6 +146,8 @@ def _plan_draft(source: Source, target: ModelConfig, engine_config: EngineConfig
     config = replace(source.config, max_position_embeddings=target.max_position_embeddings)
     has_own_head = f"{prefix}shared_head.head.weight" in tensors
     has_own_embedding = f"{prefix}embed_tokens.weight" in tensors
+    if not has_own_head:
+        _check_same(target, source, "tie_word_embeddings")
     layout = nextn_layout(config, decision.stored, has_own_head=has_own_head, has_own_embedding=has_own_embedding)
     has_fp8_head = engine_config.draft_head == "fp8" or (engine_config.draft_head == "auto" and decision.is_fp8)
     return DraftPlan(source, config, decision, layout, has_own_head, has_own_embedding, has_fp8_head)
@@ -170,12 +172,16 @@ def _check_context(source: Source, wanted: int | None) -> None:
 
 def _check_fits(target: ModelConfig, draft: Source) -> None:
     for field in MUST_FIT:
-        found, expected = getattr(draft.config, field), getattr(target, field)
-        if found != expected:
-            raise CheckpointError(
-                f"--speculative-draft-model-path {draft.folder}: {field}: found {found}, expected {expected} as in the "
-                "target; take the NextN layer of a checkpoint of the same model"
-            )
+        _check_same(target, draft, field)
+
+
+def _check_same(target: ModelConfig, draft: Source, field: str) -> None:
+    found, expected = getattr(draft.config, field), getattr(target, field)
+    if found != expected:
+        raise CheckpointError(
+            f"--speculative-draft-model-path {draft.folder}: {field}: found {found}, expected {expected} as in the "
+            "target; take the NextN layer of a checkpoint of the same model"
+        )
 
 
 def _warnings(source: Source, draft: DraftPlan | None) -> list[str]:
