@@ -51,7 +51,6 @@ COMMON = {
     "rotary_dim": 64,
     "rope_theta": 1e6,
     "eos_token_ids": (151329, 151336, 151338),
-    "pad_token_id": 151329,
     "dtype": "bfloat16",
 }
 
