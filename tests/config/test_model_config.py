@@ -158,6 +158,12 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"head_dim": 10**400}, "head_dim: found 1000.*, expected at most"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings: found 1000000000000, expected at most"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+        ({"scoring_func": "softmax"}, "scoring_func: found 'softmax', expected 'sigmoid'"),
+        ({"topk_method": "greedy"}, "topk_method: found 'greedy', expected 'noaux_tc'"),
+        ({"sliding_window": 4096}, "sliding_window: found 4096, expected none"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window: found 4096, expected none"),
+        ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling: found a factor of 4\.0 without a type, expected 'default'"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
@@ -172,6 +178,19 @@ def test_a_missing_field_is_named(name: str) -> None:
 def test_values_that_do_not_fit_together_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict(changed(**fields))
+
+
+def test_fields_that_say_what_is_served_anyway_are_accepted() -> None:
+    fields = {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "rope_scaling": {"rope_type": "default", "factor": 1.0},
+    }
+    assert ModelConfig.from_dict(changed(**fields)) == ModelConfig.from_dict(changed())
+    nothing = dict.fromkeys(fields)
+    assert ModelConfig.from_dict({**changed(), **nothing}) == ModelConfig.from_dict(changed())
 
 
 def test_eos_ids_of_the_generation_config_are_added(tmp_path: Path) -> None:

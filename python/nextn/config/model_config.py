@@ -13,6 +13,8 @@ from nextn.errors import ConfigError
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 MODEL_TYPE = "glm4_moe"
+ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""Fields with one value that is served, which most files leave out."""
 MOST = {"num_hidden_layers": 4096, "n_routed_experts": 65536, "head_dim": 65536, "max_position_embeddings": 2**24}
 """Bounds that no model comes near, so that a broken config.json cannot ask for endless lists and tables."""
 
@@ -140,16 +142,32 @@ class _Reader:
             )
         if not architectures and "model_type" not in self._raw:
             raise ConfigError(f"{self._where}: names no architecture; expected architectures: [{ARCHITECTURE!r}]")
-        activation = self._raw.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ConfigError(f"{self._where}: hidden_act: found {activation!r}, expected 'silu'")
+        for name, expected in ONLY.items():
+            if (found := self._raw.get(name)) not in (None, expected):
+                raise ConfigError(f"{self._where}: {name}: found {found!r}, expected {expected!r}")
+        window = self._raw.get("sliding_window")
+        if window is not None and self._raw.get("use_sliding_window") is not False:
+            raise ConfigError(
+                f"{self._where}: sliding_window: found {window!r}, expected none: attention reaches back to the first "
+                "token"
+            )
         for name in ("rope_parameters", "rope_scaling"):
-            rope = self._raw.get(name) or {}
-            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+            self._check_rope(name)
+
+    def _check_rope(self, name: str) -> None:
+        """Raises ConfigError if positions are scaled. The type's key was "type" in older files."""
+        rope = self._raw.get(name) or {}
+        kinds = [rope[key] for key in ("rope_type", "type") if key in rope] if isinstance(rope, Mapping) else [rope]
+        for kind in kinds:
             if kind != "default":
                 raise ConfigError(
                     f"{self._where}: {name}: rope type {kind!r} is not supported; expected 'default' (no scaling)"
                 )
+        if not kinds and "factor" in rope:
+            raise ConfigError(
+                f"{self._where}: {name}: found a factor of {rope['factor']!r} without a type, expected 'default' (no "
+                "scaling); remove the factor"
+            )
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         value = self._raw.get(name) or {}
