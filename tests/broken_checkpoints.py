@@ -259,6 +259,11 @@ BROKEN: dict[str, Broken] = {
         _set(f"{O_PROJ}.weight_scale", lambda t: t.expand(48)),
         r"found shape \(48,\), expected of one element",
     ),
+    "scale of powers of two": _tensors(
+        "channel",
+        _set(f"{O_PROJ}.weight_scale", lambda t: t.to(torch.float8_e8m0fnu)),
+        rf"{O_PROJ}\.weight_scale: found F8_E8M0, expected one of BF16, F16, F32, F64; store it as such",
+    ),
     "integer scale": _tensors(
         "channel", _set(f"{O_PROJ}.weight_scale", lambda t: t.to(torch.int32)), f"{O_PROJ}.weight_scale: found I32"
     ),

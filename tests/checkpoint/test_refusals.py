@@ -82,6 +82,35 @@ def test_biases_may_be_zero(tmp_path: Path) -> None:
     assert load(write_checkpoint(tmp_path, CONFIG, mutate=clear)).draft is not None
 
 
+@pytest.mark.parametrize(
+    "name", ["mtp.safetensors", "model.safetensors.index.json", "generation_config.json", "hf_quant_config.json"]
+)
+def test_a_link_to_nothing_is_not_taken_for_no_file(name: str, tmp_path: Path) -> None:
+    """As the hub's cache is where a download has not ended, or a blob was removed."""
+    folder = write_checkpoint(tmp_path, CONFIG)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/gone")
+    with pytest.raises(
+        NextnError, match=rf"{name}:? (is a link to ../blobs/gone, which does not exist|cannot be read)"
+    ):
+        load(folder)
+
+
+def test_a_file_that_aria2_has_not_ended_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIG)
+    (folder / "mtp.safetensors.aria2").touch()
+    with pytest.raises(
+        CheckpointError, match=r"mtp\.safetensors: its download has not ended, as mtp\.safetensors\.aria2"
+    ):
+        load(folder)
+
+
+def test_a_file_manager_s_own_files_are_no_weights(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIG)
+    (folder / "._model.safetensors").write_bytes(b"\0\5\26\7" * 100)
+    assert load(folder).draft is not None
+
+
 class _Bomb:
     """Unpickling it writes a file."""
 

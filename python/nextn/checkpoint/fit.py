@@ -76,7 +76,7 @@ def _check_dtype(tensor: ExpectedTensor, info: TensorInfo) -> None:
         return
     if info.dtype in FLOATS:
         return
-    if info.dtype.startswith("F8_"):
+    if info.dtype.startswith("F8_") and tensor.role not in SCALES:
         raise CheckpointError(
             f"{tensor.name}: found {info.dtype}, expected one of {', '.join(FLOATS)}; FP8 codes without their scale "
             "are not numbers, and nothing would scale these: store this tensor unquantized"

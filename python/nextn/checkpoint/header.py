@@ -43,6 +43,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
     Raises CheckpointError if the file is no safetensors file, is cut off, or names a tensor twice.
     """
+    check_link(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -65,6 +66,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if end != size:
         raise CheckpointError(f"{file}: has {size} bytes, its header asks for {end}; download it again")
     return found
+
+
+def check_link(file: Path) -> None:
+    """Raises CheckpointError if the file is a link to nothing, as the hub's cache has where a download has ended."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(
+            f"{file}: is a link to {file.readlink()}, which does not exist; download it again, to the end"
+        )
 
 
 class _Repeated(Exception):

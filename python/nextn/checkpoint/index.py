@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nextn.checkpoint.header import TensorInfo, read_header
+from nextn.checkpoint.header import TensorInfo, check_link, read_header
 from nextn.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class CheckpointIndex:
 
         Raises CheckpointError for corrupt or missing files, a tensor in two files, or weights in another format.
         """
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
         listed = _read_index(folder)
         for name in sorted(set(listed.values())):
             if folder / name not in files:
@@ -53,6 +53,7 @@ class CheckpointIndex:
             raise CheckpointError(_explain_no_files(folder))
         tensors: dict[str, TensorInfo] = {}
         for file in files:
+            _check_downloaded(file)
             for name, info in read_header(file).items():
                 if name in tensors:
                     raise CheckpointError(
@@ -116,9 +117,20 @@ def _slice(part: range | None) -> slice:
     return slice(None) if part is None else slice(part.start, part.stop)
 
 
+def _check_downloaded(file: Path) -> None:
+    """aria2 gives a file its size at first, and keeps a file beside it that says what is still to come."""
+    control = file.with_name(f"{file.name}.aria2")
+    if control.exists():
+        raise CheckpointError(
+            f"{file}: its download has not ended, as {control.name} beside it says; let aria2c go on, or download it "
+            "again and remove that file"
+        )
+
+
 def _read_index(folder: Path) -> dict[str, str]:
     """The weight map of the index file; empty without one."""
     path = folder / INDEX_NAME
+    check_link(path)
     if not path.is_file():
         return {}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class ModelConfig:
         raw = _read_json(folder / "config.json")
         config = cls.from_dict(raw, where=str(folder / "config.json"))
         generation = folder / "generation_config.json"
-        if not generation.is_file():
+        if not os.path.lexists(generation):
             return config
         more = _token_ids(_read_json(generation).get("eos_token_id"), str(generation))
         merged = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
@@ -264,6 +265,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link to {path.readlink()}, which does not exist; download it again"
+            ) from None
         raise ConfigError(
             f"{path} does not exist; give a folder that holds a checkpoint in Hugging Face layout"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def detect_quantization(folder: Path, declared: Mapping[str, Any] | None) -> Qua
     """
     where = "config.json"
     extra = folder / "hf_quant_config.json"
-    if declared is None and extra.is_file():
+    if declared is None and os.path.lexists(extra):
         where = extra.name
         try:
             declared = json.loads(extra.read_text(encoding="utf-8"))
