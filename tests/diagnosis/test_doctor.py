@@ -15,7 +15,8 @@ import pytest
 import torch
 from nextn import doctor
 from nextn.config.server_args import ServerArgs
-from nextn.diagnosis.checkup import Diagnosis, examine
+from nextn.diagnosis.checkup import GB, Diagnosis, examine
+from nextn.diagnosis.memory import RESERVED_SHARE
 from nextn.diagnosis.options import DoctorOptions
 
 from tests.checkpoints import Draft, Quant, State, tiny_config, write_checkpoint
@@ -241,6 +242,21 @@ def test_blocks_cut_by_tensor_parallelism_are_named(tmp_path: Path) -> None:
     assert "24 has 2 pieces of 16 (experts.w13, experts.w2" in by_size[4].why_not
     assert by_size[8].why_not == "4 heads do not divide by 8"
     assert "blocks cut by tensor parallelism" in {pitfall.name for pitfall in found.pitfalls}
+
+
+def test_what_fits_has_room_for_the_pages_that_a_server_needs_to_start(tmp_path: Path) -> None:
+    """Two of 16 tokens; with less than the model's 512, it says how long a request may be."""
+    folder = write_checkpoint(tmp_path, CONFIG)
+    whole = examine(DoctorOptions(str(folder), {})).memory[0]
+    found, told = {}, {}
+    for num_tokens in (31, 32, 300, 513):
+        gpu_gb = (whole.weight_bytes + (num_tokens + 0.5) * whole.kv_bytes_per_token) / (1 - RESERVED_SHARE) / GB
+        one = examine(DoctorOptions(str(folder), {}, gpu_gb=gpu_gb)).memory[0]
+        found[num_tokens] = (one.fits, one.kv_tokens, one.context_length)
+        told[num_tokens] = run(str(folder), "--gpu-memory", repr(gpu_gb)).stdout
+    assert found == {31: (False, 0, 0), 32: (True, 32, 32), 300: (True, 300, 288), 513: (True, 513, 512)}
+    assert "  1 GPU: room for requests of 288 tokens, of the model's 512" in told[300]
+    assert "  1 GPU:" not in told[513]
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:

@@ -38,11 +38,15 @@ _PRECISION = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """parameters: of the target, scales not counted; draft_parameters: of the NextN layer; stored_bytes: of both."""
+    """parameters: of the target, scales not counted; draft_parameters: of the NextN layer; stored_bytes: of both.
+
+    context_length: max_position_embeddings of config.json
+    """
 
     folder: str
     num_layers: int
     num_experts: int
+    context_length: int
     quantization: str
     parameters: int
     draft_parameters: int
@@ -117,7 +121,7 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
         without = _serves_without_draft(config, options.deep)
         return Diagnosis(name, REFUSED, depth, refusal=str(error), serves_without_draft=without)
     concerns = (*concerns, *_no_draft(plan, config))
-    memory = memory_by_tp(plan, options.gpu_gb * GB)
+    memory = memory_by_tp(plan, options.gpu_gb * GB, config.page_size)
     min_gpus = next((one.tp_size for one in memory if one.fits), None)
     return Diagnosis(
         name,
@@ -199,6 +203,7 @@ def _facts(plan: LoadPlan) -> ModelFacts:
         str(plan.source.folder),
         config.num_hidden_layers,
         config.n_routed_experts,
+        config.max_position_embeddings,
         plan.quantization.method,
         sum(_sizes(plan.layout)),
         sum(_sizes(draft.layout)) if draft is not None else 0,

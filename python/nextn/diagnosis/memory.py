@@ -18,6 +18,8 @@ RESERVED_SHARE = 0.10
 """Of the card, kept for activations, CUDA graphs and the allocator; what is left after weights holds KV."""
 KV_BYTES = 2
 """KV in bfloat16."""
+MIN_PAGES = 2
+"""Of KV, that a server needs to start."""
 SCALE_BYTES = 4
 """Of a row of a head that is quantized on load, whose elements take one byte each."""
 PARTS = ("attention", "experts", "dense and shared MLP", "embedding and head", "norms and router", "NextN layer")
@@ -44,7 +46,8 @@ class GpuMemory:
 
     parts: bytes of weights on the GPU with the largest share, in the order of PARTS
     kv_bytes_per_token: per GPU, of all layers and the draft's, with the hidden states that the draft is made of;
-        kv_tokens: how many fit, 0 if the weights do not
+        kv_tokens: how many fit, 0 if too few for a server to start
+    context_length: most tokens of one request: the model's, or as many as fit
     why_not: why the model cannot be cut this way; None if it can
     uneven: linears of which some GPUs hold a block more than others, because blocks are never cut
     """
@@ -53,6 +56,7 @@ class GpuMemory:
     parts: dict[str, int]
     kv_bytes_per_token: int
     kv_tokens: int
+    context_length: int
     fits: bool
     why_not: str | None
     uneven: tuple[str, ...]
@@ -62,15 +66,15 @@ class GpuMemory:
         return sum(self.parts.values())
 
 
-def memory_by_tp(plan: LoadPlan, gpu_bytes: float) -> tuple[GpuMemory, ...]:
+def memory_by_tp(plan: LoadPlan, gpu_bytes: float, page_size: int) -> tuple[GpuMemory, ...]:
     """Weights are counted as the files store them (a dequantized draft in two bytes), KV in bfloat16.
 
-    A head that drafts read as FP8 is one of its own, beside the target's.
+    A head that drafts read as FP8 is one of its own, beside the target's. page_size: tokens of a page of KV
     """
-    return tuple(_memory(plan, gpu_bytes, tp) for tp in TP_SIZES)
+    return tuple(_memory(plan, gpu_bytes, page_size, tp) for tp in TP_SIZES)
 
 
-def _memory(plan: LoadPlan, gpu_bytes: float, tp: int) -> GpuMemory:
+def _memory(plan: LoadPlan, gpu_bytes: float, page_size: int, tp: int) -> GpuMemory:
     config = plan.source.config
     reason = _why_not(plan, tp)
     sizes = dict.fromkeys(PARTS, 0.0)
@@ -88,9 +92,11 @@ def _memory(plan: LoadPlan, gpu_bytes: float, tp: int) -> GpuMemory:
     if plan.draft is not None:
         per_token += config.hidden_size * KV_BYTES
     left = gpu_bytes * (1 - RESERVED_SHARE) - sum(parts.values())
-    fits = reason is None and left >= per_token
+    fits = reason is None and left >= MIN_PAGES * page_size * per_token
+    kv_tokens = int(left // per_token) if fits else 0
+    context_length = min(config.max_position_embeddings, kv_tokens // page_size * page_size)
     uneven = tuple(_by_reason(plan, lambda linear: _uneven(linear, tp))) if reason is None else ()
-    return GpuMemory(tp, parts, per_token, int(left // per_token) if fits else 0, fits, reason, uneven)
+    return GpuMemory(tp, parts, per_token, kv_tokens, context_length, fits, reason, uneven)
 
 
 def _sizes(

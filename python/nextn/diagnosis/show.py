@@ -10,7 +10,7 @@ from rich.text import Text
 
 from nextn.checkpoint.report import HEADER, ModuleReport
 from nextn.diagnosis.checkup import DRAFTS_BADLY, GB, REFUSED, Diagnosis
-from nextn.diagnosis.memory import PARTS, RESERVED_SHARE, GpuMemory
+from nextn.diagnosis.memory import PARTS, RESERVED_SHARE
 from nextn.diagnosis.pitfalls import Pitfall
 
 PLAIN_WIDTH = 120
@@ -31,7 +31,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
             console.print("", _modules("NextN layer", diagnosis.report.draft), sep="\n")
     if diagnosis.memory:
         console.print("", _memory(diagnosis), sep="\n")
-        _notes(diagnosis.memory, console)
+        _notes(diagnosis, console)
     if diagnosis.pitfalls:
         console.print("\n[bold]What other servers get wrong with this layout, without an error[/bold]")
         for pitfall in diagnosis.pitfalls:
@@ -97,12 +97,18 @@ def _memory(diagnosis: Diagnosis) -> Table:
     return table
 
 
-def _notes(memory: tuple[GpuMemory, ...], console: Console) -> None:
-    for one in memory:
+def _notes(diagnosis: Diagnosis, console: Console) -> None:
+    assert diagnosis.model is not None, "what has a memory table has been read"
+    most = diagnosis.model.context_length
+    for one in diagnosis.memory:
+        gpus = f"{one.tp_size} GPU{'s' * (one.tp_size > 1)}"
         if one.why_not is not None:
-            console.print(Text(f"  {one.tp_size} GPUs: {one.why_not}", style="dim"))
-        elif one.uneven:
-            console.print(Text(f"  {one.tp_size} GPUs have uneven shares: {'; '.join(one.uneven)}", style="yellow"))
+            console.print(Text(f"  {gpus}: {one.why_not}", style="dim"))
+        if one.uneven:
+            console.print(Text(f"  {gpus} with uneven shares: {'; '.join(one.uneven)}", style="yellow"))
+        if one.fits and one.context_length < most:
+            text = f"  {gpus}: room for requests of {one.context_length:,} tokens, of the model's {most:,}"
+            console.print(Text(text, style="yellow"))
 
 
 def _pitfall(pitfall: Pitfall, console: Console) -> None:
