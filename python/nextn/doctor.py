@@ -12,7 +12,10 @@ from nextn.errors import NextnError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Examine and tell. Returns 0 fine, 1 serves but does not draft well, 2 refused or wrong arguments."""
+    """Examine and tell.
+
+    Returns 0 fine, 1 serves but does not draft well, 2 refused, on GPUs at least, or wrong arguments.
+    """
     options = parse_options(argv)
     try:
         diagnosis = examine(options)

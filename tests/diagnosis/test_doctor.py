@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from nextn import doctor
+from nextn.checkpoint.plan import make_plan
+from nextn.config.engine_config import EngineConfig
 from nextn.config.server_args import ServerArgs
 from nextn.diagnosis.checkup import GB, Diagnosis, examine
-from nextn.diagnosis.memory import RESERVED_SHARE
+from nextn.diagnosis.memory import RESERVED_SHARE, memory_by_tp
 from nextn.diagnosis.options import DoctorOptions
+from nextn.diagnosis.pitfalls import find_pitfalls
 
 from tests.checkpoints import Draft, Quant, State, tiny_config, write_checkpoint
 
@@ -227,21 +230,23 @@ def test_a_quantized_eh_proj_is_served_and_pointed_at(tmp_path: Path) -> None:
         state[f"{LAST}.eh_proj.weight_scale_inv"] = torch.full((3, 6), 0.01)
 
     folder = write_checkpoint(tmp_path, CONFIG, quant="block", mutate=quantize)
-    assert examined(folder, deep=True).exit_code == 0
+    assert examined(folder, deep=True).serves
     assert "eh_proj read raw" in pitfalls(folder)
 
 
 def test_blocks_cut_by_tensor_parallelism_are_named(tmp_path: Path) -> None:
     """Blocks of 16: 80 is five of them, 24 one and a half."""
-    found = examined(write_checkpoint(tmp_path, tiny_config(num_nextn_predict_layers=1), quant="block"))
-    by_size = {one.tp_size: one for one in found.memory}
+    folder = write_checkpoint(tmp_path, tiny_config(num_nextn_predict_layers=1), quant="block")
+    plan = make_plan(EngineConfig(model_path=str(folder)), want_draft=True)
+    memory = memory_by_tp(plan, GB, page_size=16)
+    by_size = {one.tp_size: one for one in memory}
     assert by_size[1].uneven == ()
     assert "80/2 in blocks of 16 is 32 to 48 (mlp.gate_up_proj, mlp.down_proj)" in by_size[2].uneven
     assert any("24/2 in blocks of 16 is 8 to 16 (experts.w13, experts.w2" in text for text in by_size[2].uneven)
     assert by_size[4].why_not is not None
     assert "24 has 2 pieces of 16 (experts.w13, experts.w2" in by_size[4].why_not
     assert by_size[8].why_not == "4 heads do not divide by 8"
-    assert "blocks cut by tensor parallelism" in {pitfall.name for pitfall in found.pitfalls}
+    assert "blocks cut by tensor parallelism" in {pitfall.name for pitfall in find_pitfalls(plan, memory)}
 
 
 def test_what_fits_has_room_for_the_pages_that_a_server_needs_to_start(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from nextn.diagnosis.memory import GpuMemory, memory_by_tp
 from nextn.diagnosis.options import DoctorOptions
 from nextn.diagnosis.pitfalls import Pitfall, find_pitfalls
 from nextn.errors import NextnError
+from nextn.quantization.experts import why_not_on_gpu
 
 FINE, DRAFTS_BADLY, REFUSED = 0, 1, 2
 GB = 10**9
@@ -55,10 +56,11 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """exit_code: 0 fine, 1 serves but does not draft well, 2 the server would refuse it
+    """exit_code: 0 fine, 1 serves but does not draft well, 2 the server would refuse it, on GPUs at least
 
-    refusal: the loader's own error; serves_without_draft: for what is refused, whether `--speculative-algorithm none`
-        would serve it
+    refusal: the loader's own error; gpu_refusal: the server's on every GPU, of what it serves on a CPU;
+        serves_without_draft: for what is refused, whether `--speculative-algorithm none` would serve it
+    serves: on a CPU at least
     drafts: whether the NextN layer will draft; precision, reason: how and why, or why it will not
     depth: what was read; concerns: what speaks against a good draft; warnings: the loader's
     min_gpus: smallest tensor-parallel size that fits and falls inside no block; None if none does
@@ -69,6 +71,7 @@ class Diagnosis:
     exit_code: int
     depth: Depth
     refusal: str | None = None
+    gpu_refusal: str | None = None
     serves_without_draft: bool | None = None
     serves: bool = False
     drafts: bool = False
@@ -121,12 +124,18 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
         without = _serves_without_draft(config, options.deep)
         return Diagnosis(name, REFUSED, depth, refusal=str(error), serves_without_draft=without)
     concerns = (*concerns, *_no_draft(plan, config))
-    memory = memory_by_tp(plan, options.gpu_gb * GB, config.page_size)
+    of_target, of_draft = _refusal_on_gpus(plan.layout), None
+    if plan.draft is not None and plan.draft.decision.config is plan.draft.decision.stored:
+        of_draft = _refusal_on_gpus(plan.draft.layout)
+    gpu_refusal = of_target or of_draft
+    memory = memory_by_tp(plan, options.gpu_gb * GB, config.page_size) if gpu_refusal is None else ()
     min_gpus = next((one.tp_size for one in memory if one.fits), None)
     return Diagnosis(
         name,
-        DRAFTS_BADLY if concerns else FINE,
+        REFUSED if gpu_refusal is not None else DRAFTS_BADLY if concerns else FINE,
         depth,
+        gpu_refusal=gpu_refusal,
+        serves_without_draft=None if of_draft is None else of_target is None,
         serves=True,
         drafts=plan.draft is not None,
         precision=_precision(plan),
@@ -139,7 +148,7 @@ def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Dep
         memory=memory,
         pitfalls=find_pitfalls(plan, memory),
         min_gpus=min_gpus,
-        command=_command(options, min_gpus),
+        command=_command(options, min_gpus, on_cpu=gpu_refusal is not None),
     )
 
 
@@ -175,6 +184,16 @@ def _serves_without_draft(config: EngineConfig, deep: bool) -> bool | None:
     except NextnError:
         return False
     return True
+
+
+def _refusal_on_gpus(layout: Layout) -> str | None:
+    """What the server says on a GPU of experts that its kernels do not take."""
+    w13, w2 = ([one for one in layout.linears if one.kind == kind] for kind in ("experts.w13", "experts.w2"))
+    reasons = (
+        why_not_on_gpu(first.shards[0][0].removesuffix(".gate_proj"), first.scheme, second.scheme)
+        for first, second in zip(w13, w2, strict=True)
+    )
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _no_draft(plan: LoadPlan, config: EngineConfig) -> tuple[str, ...]:
@@ -219,8 +238,8 @@ def _stored_bytes(index: CheckpointIndex | None, layout: Layout) -> int:
     return sum(index.tensors[tensor.name].num_bytes for tensor in layout.tensors()) if index is not None else 0
 
 
-def _command(options: DoctorOptions, min_gpus: int | None) -> str:
-    """What starts the server, with a tensor-parallel size where one is needed."""
+def _command(options: DoctorOptions, min_gpus: int | None, *, on_cpu: bool) -> str:
+    """What starts the server, with a tensor-parallel size where one is needed. on_cpu: where GPUs refuse it"""
     words = ["python", "-m", "nextn.launch_server"]
     if options.checkpoint is not None:
         words += ["--model-path", options.checkpoint]
@@ -228,4 +247,6 @@ def _command(options: DoctorOptions, min_gpus: int | None) -> str:
         words += ["--" + name.replace("_", "-"), value]
     if min_gpus is not None and min_gpus > 1:
         words += ["--tp-size", str(min_gpus)]
+    if on_cpu:
+        words += ["--device", "cpu"]
     return shlex.join(words)

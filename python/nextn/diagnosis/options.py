@@ -44,7 +44,7 @@ def parse_options(argv: Sequence[str] | None = None) -> DoctorOptions:
         prog="python -m nextn.doctor",
         description="Says whether a checkpoint will serve and draft, in which precision and why, what other servers "
         "get wrong with it, and what memory it takes. Without --deep, reads config.json and safetensors headers only.",
-        epilog="Exit code: 0 fine, 1 serves but does not draft well, 2 is refused.",
+        epilog="Exit code: 0 fine, 1 serves but does not draft well, 2 is refused, on GPUs at least.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", nargs="?", help="folder or hub name; default: the embedded model")

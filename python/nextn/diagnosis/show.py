@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nextn.checkpoint.report import HEADER, ModuleReport
-from nextn.diagnosis.checkup import DRAFTS_BADLY, GB, REFUSED, Diagnosis
+from nextn.diagnosis.checkup import GB, Diagnosis
 from nextn.diagnosis.memory import PARTS, RESERVED_SHARE
 from nextn.diagnosis.pitfalls import Pitfall
 
@@ -39,6 +39,8 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     if diagnosis.command is not None:
         console.print("\n[bold]To serve it[/bold]")
         console.print(Text(f"  {diagnosis.command}", style="cyan"), soft_wrap=True)
+        if not diagnosis.memory:
+            return
         needs = "no size in the table" if diagnosis.min_gpus is None else f"at least {diagnosis.min_gpus}"
         console.print(f"  [dim]GPUs of {diagnosis.gpu_gb:g} GB: {needs}[/dim]", highlight=False)
 
@@ -52,20 +54,30 @@ def _verdict(diagnosis: Diagnosis, console: Console) -> None:
             f"{_count(model.parameters)} parameters{draft}, {model.num_layers} layers, {model.num_experts} experts, "
             f"{model.quantization}, {model.stored_bytes / GB:.2f} GB"
         )
-    if diagnosis.exit_code == REFUSED:
+    if diagnosis.refusal is not None:
         console.print("[bold red]✗ refused[/bold red]  the server would stop with this error:")
         console.print(Text(f"  {diagnosis.refusal}"))
-        if diagnosis.serves_without_draft:
-            console.print("  [yellow]It serves without drafts: --speculative-algorithm none[/yellow]")
+        _without_draft(diagnosis, console)
         return
-    console.print("[bold green]✓ serves[/bold green]")
+    if diagnosis.gpu_refusal is None:
+        console.print("[bold green]✓ serves[/bold green]")
+    else:
+        console.print("[bold red]✗ refused on GPUs[/bold red]  the server would stop with this error:")
+        console.print(Text(f"  {diagnosis.gpu_refusal}"))
+        _without_draft(diagnosis, console)
+        console.print("[bold green]✓ serves[/bold green] on a CPU")
     if diagnosis.drafts:
         mark = "[bold yellow]! drafts[/bold yellow]" if diagnosis.concerns else "[bold green]✓ drafts[/bold green]"
         console.print(f"{mark}  {diagnosis.precision} ({escape(diagnosis.reason or '')})")
-    elif diagnosis.exit_code == DRAFTS_BADLY:
+    else:
         console.print("[bold yellow]✗ does not draft[/bold yellow]")
     for text in (*diagnosis.concerns, *diagnosis.warnings):
         console.print(Text(f"  {text}", style="yellow"))
+
+
+def _without_draft(diagnosis: Diagnosis, console: Console) -> None:
+    if diagnosis.serves_without_draft:
+        console.print("  [yellow]It serves without drafts: --speculative-algorithm none[/yellow]")
 
 
 def _modules(title: str, modules: tuple[ModuleReport, ...]) -> Table:

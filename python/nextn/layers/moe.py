@@ -24,6 +24,7 @@ from nextn.kernels.router import MAX_TOKEN_TILES, route
 from nextn.layers.mlp import MLP, intermediate_unit
 from nextn.layers.norm import Stream, sum_over_ranks
 from nextn.layers.storage import ScaleStorage, Shard, Slot, make_scales, make_weight, pack, shard_scale, weight_slots
+from nextn.quantization.experts import why_not_on_gpu
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig, scheme_of
 
 
@@ -149,9 +150,6 @@ def _shared_is_alike(config: ModelConfig, quant_config: QuantizationConfig | Non
     return config.n_shared_experts == 1 and kinds(f"{prefix}.shared_experts") == kinds(f"{prefix}.experts.0")
 
 
-MIN_BLOCK_K = 32
-"""The narrowest blocks of experts that the kernels for GPUs take."""
-
 ExpertShards = list[tuple[Shard, ...]]
 """Per expert, the checkpoint modules of one of its matrices."""
 
@@ -191,8 +189,9 @@ class Experts(nn.Module):
         self.all_w13 = _stack(num_experts + has_one_more, self.w13_shards[0], hidden, self.w13_scheme, dtype)
         self.all_w2 = _stack(num_experts + has_one_more, self.w2_shards[0], inner, self.w2_scheme, dtype)
         self.w13, self.w2 = self.all_w13[:num_experts], self.all_w2[:num_experts]
-        if gpu.suits(self.all_w13):
-            _check_for_gpu(names[0], self.w13_scheme, self.w2_scheme)
+        reason = why_not_on_gpu(names[0], self.w13_scheme, self.w2_scheme)
+        if reason is not None and gpu.suits(self.all_w13):
+            raise QuantizationError(reason)
         self.one_more = (self.all_w13[num_experts], self.all_w2[num_experts]) if has_one_more else None
         self.w13_scales = [make_scales(shards, hidden, self.w13_scheme) for shards in self.w13_shards]
         self.w2_scales = [make_scales(shards, inner, self.w2_scheme) for shards in self.w2_shards]
@@ -230,25 +229,6 @@ class Experts(nn.Module):
             has_shared=self.one_more is not None,
             quantizes_input=self.w13_scheme.quantizes_input,
         )
-
-
-def _check_for_gpu(name: str, w13: LinearScheme, w2: LinearScheme) -> None:
-    """Raises QuantizationError if the kernels for GPUs do not take experts that are stored like this. name: of one"""
-    if (w13.is_quantized, w13.block, w13.quantizes_input) != (w2.is_quantized, w2.block, w2.quantizes_input):
-        raise QuantizationError(
-            f"{name}.gate_proj: is {_described(w13)} and {name}.down_proj is {_described(w2)}; expected one kind for a "
-            "layer's experts on a GPU; quantize the two alike, or use --device cpu"
-        )
-    if w13.block is not None and (w13.block[1] < MIN_BLOCK_K or w13.block[1] & (w13.block[1] - 1)):
-        raise QuantizationError(
-            f"{name}.gate_proj: has a scale per {w13.block[1]} columns, expected a power of two from {MIN_BLOCK_K} on "
-            "for a GPU; quantize with blocks of 128, or use --device cpu"
-        )
-
-
-def _described(scheme: LinearScheme) -> str:
-    kind = scheme.kind if scheme.block is None else f"{scheme.kind} of {scheme.block[0]} x {scheme.block[1]}"
-    return f"{kind}, weights only" if scheme.is_quantized and not scheme.quantizes_input else kind
 
 
 def _stacked_scales(
