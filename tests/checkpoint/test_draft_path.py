@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from nextn import LLM, SamplingParams, demo
+from nextn.checkpoint.hub import resolved_config
 from nextn.checkpoint.loader import LoadedModel, load_model
 from nextn.config.engine_config import EngineConfig
 from nextn.config.server_args import ServerArgs
 from nextn.errors import CheckpointError, QuantizationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import Quant, State, tiny_config, write_checkpoint
 
@@ -95,6 +99,68 @@ def test_the_donor_needs_no_more_than_its_layer(tmp_path: Path) -> None:
     (donor / "model.safetensors").unlink()
     (donor / "model.safetensors.index.json").unlink()
     assert schemes(load(target, donor)) == ("unquantized", "fp8_channel")
+
+
+def test_of_a_donor_with_an_index_only_the_layers_files_need_be_there(tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    donor = write_checkpoint(tmp_path / "donor", CONFIG, quant="channel", seed=2)
+    (donor / "model.safetensors").unlink()
+    assert schemes(load(target, donor)) == ("unquantized", "fp8_channel")
+    (donor / "mtp.safetensors").rename(donor / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"index\.json: names mtp\.safetensors, which is not in the folder"):
+        load(target, donor)
+
+
+def test_a_donors_list_may_name_the_modules_that_are_not_taken(tmp_path: Path) -> None:
+    def donor(name: str, *entries: str) -> Path:
+        def ignore(config: dict[str, Any]) -> None:
+            config["quantization_config"]["ignore"] += entries
+
+        folder = write_checkpoint(tmp_path / name, CONFIG, quant="channel", mutate_config=ignore)
+        (folder / "model.safetensors").unlink()
+        return folder
+
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    listed = donor("listed", *(f"model.layers.2.mlp.experts.{e}.down_proj" for e in range(8)))
+    assert schemes(load(target, listed)) == ("unquantized", "fp8_channel")
+    with pytest.raises(
+        QuantizationError, match=r"ignore entry 'model\.layers\.2\.mlp\.experts\.8\.down_proj' names no"
+    ):
+        load(target, donor("beyond", "model.layers.2.mlp.experts.8.down_proj"))
+
+
+@pytest.mark.parametrize("in_index", [True, False])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_of_a_donor_on_the_hub_only_what_the_layer_takes_is_downloaded(
+    is_own: bool, in_index: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedding and the head too, where the layer would borrow the target's: they tell another model."""
+    there = write_checkpoint(tmp_path / "there", CONFIG, in_index=in_index, own_head=is_own, own_embedding=is_own)
+    index = there / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    stored = load_file(there / "model.safetensors")
+    apart = {"model.embed_tokens.weight": "first.safetensors", "lm_head.weight": "last.safetensors"}
+    for name, file in apart.items():
+        save_file({name: stored.pop(name)}, there / file)
+    save_file(stored, there / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": {**listed["weight_map"], **apart}}))
+    (there / "pytorch_model.bin").touch()
+    here = tmp_path / "here"
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        here.mkdir(exist_ok=True)
+        names = [file.name for file in there.iterdir()]
+        for wanted in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(there / wanted, here)
+        return str(here)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    target = write_checkpoint(tmp_path / "target", CONFIG)
+    args = ServerArgs(model_path=str(target), speculative_draft_model_path="owner/name")
+    assert resolved_config(args).draft_model_path == str(here)
+    expected = {"mtp.safetensors"} if is_own and in_index else {"mtp.safetensors", *apart.values()}
+    assert {file.name for file in here.iterdir()} == {"config.json", index.name, *expected}
+    assert load(target, here).draft is not None
 
 
 def test_the_layers_own_context_length_does_not_matter(tmp_path: Path) -> None:

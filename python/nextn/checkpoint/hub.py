@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nextn.checkpoint.index import read_index
+from nextn.checkpoint.layout import EMBEDDING, HEAD, nextn_prefix
 from nextn.config.engine_config import EngineConfig
+from nextn.config.model_config import ModelConfig
 from nextn.config.server_args import ServerArgs
 from nextn.demo import checkpoint_dir
 from nextn.errors import CheckpointError
@@ -23,7 +27,7 @@ def resolved_config(args: ServerArgs) -> EngineConfig:
     config, draft = args.engine_config(str(model)), args.speculative_draft_model_path
     if draft is None:
         return config
-    return replace(config, draft_model_path=str(resolve_model(draft, "--speculative-draft-model-path")))
+    return replace(config, draft_model_path=str(resolve_draft(draft)))
 
 
 def model_name(args: ServerArgs, folder: str) -> str:
@@ -43,12 +47,38 @@ def resolve_model(name: str, flag: str = "--model-path") -> Path:
     Raises CheckpointError if it is neither, or the hub cannot be reached.
     """
     folder = local_folder(name, flag)
+    return folder if folder is not None else _downloaded(name, flag, PATTERNS)
+
+
+def resolve_draft(name: str, flag: str = "--speculative-draft-model-path") -> Path:
+    """As ``resolve_model``, of what is needed of a checkpoint to take its NextN layer: of hundreds of GB, a few.
+
+    Raises also ConfigError where config.json cannot be read.
+    """
+    folder = local_folder(name, flag)
     if folder is not None:
         return folder
+    unneeded = _without_draft(_downloaded(name, flag, ("*.json",)))
+    return _downloaded(name, flag, ("*.json", "*.safetensors"), unneeded)
+
+
+def _without_draft(folder: Path) -> list[str]:
+    """Files that the index gives neither the NextN layer nor the embedding and head that it would borrow.
+
+    These show whether it is the target's model that it was trained with.
+    """
+    listed, prefix = read_index(folder), nextn_prefix(ModelConfig.from_pretrained(folder))
+    own = {EMBEDDING: f"{prefix}embed_tokens.weight", HEAD: f"{prefix}shared_head.head.weight"}
+    borrowed = [name for name, of_layer in own.items() if of_layer not in listed]
+    needed = {file for name, file in listed.items() if name.startswith(prefix) or name in borrowed}
+    return sorted(set(listed.values()) - needed)
+
+
+def _downloaded(name: str, flag: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
     except Exception as error:  # the library's own, and those of whichever HTTP client it uses
         raise not_to_be_had(name, flag, error) from None
 

@@ -25,16 +25,23 @@ LAYER_PARTS = (
 NEXTN_PARTS = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
 
 
-def check_ignores(quantization: QuantizationConfig | None, config: ModelConfig, tensor_names: Iterable[str]) -> None:
+def check_ignores(
+    quantization: QuantizationConfig | None,
+    config: ModelConfig,
+    tensor_names: Iterable[str],
+    *,
+    has_target: bool = True,
+) -> None:
     """Every entry names a module of the files, or one that GLM-4.x MoE models have in a layer that config.json names.
 
     Official lists name modules that are no linears, and optional ones of the NextN layer that this checkpoint may lack.
+    has_target: False if the files may be those of the NextN layer alone
     Raises QuantizationError naming the entry, and a module that it may stand for.
     """
     if quantization is None:
         return
     modules = dict.fromkeys(name.rpartition(".")[0] for name in tensor_names)
-    modules |= dict.fromkeys(_architecture(config))
+    modules |= dict.fromkeys(_architecture(config, has_target))
     wrong = quantization.unmatched_ignores(modules)
     if not wrong:
         return
@@ -45,15 +52,20 @@ def check_ignores(quantization: QuantizationConfig | None, config: ModelConfig, 
     )
 
 
-def _architecture(config: ModelConfig) -> Iterable[str]:
-    """Module names, the NextN layer's included: its entries may be left over where the layer was removed."""
+def _architecture(config: ModelConfig, has_target: bool) -> Iterable[str]:
+    """Module names, the NextN layer's included: its entries may be left over where the layer was removed.
+
+    Other layers' experts are looked up in the files, where these are there.
+    """
     yield from MODEL_PARTS
     for layer in range(config.num_hidden_layers + 1):
         yield from (f"model.layers.{layer}.{part}" for part in LAYER_PARTS)
     last = f"model.layers.{config.num_hidden_layers}"
     yield from (f"{last}.{part}" for part in NEXTN_PARTS)
-    for expert in range(config.n_routed_experts):
-        yield from (f"{last}.mlp.experts.{expert}.{part}_proj" for part in ("gate", "up", "down"))
+    for layer in range(config.num_hidden_layers if has_target else 0, config.num_hidden_layers + 1):
+        for expert in range(config.n_routed_experts):
+            name = f"model.layers.{layer}.mlp.experts.{expert}"
+            yield from (f"{name}.{part}_proj" for part in ("gate", "up", "down"))
 
 
 def _guess(complaint: str, modules: Iterable[str]) -> str:

@@ -39,16 +39,21 @@ class CheckpointIndex:
     unlisted: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path) -> CheckpointIndex:
+    def open(cls, folder: Path, needed: str = "") -> CheckpointIndex:
         """Read the headers.
 
+        needed: what the names of the tensors begin with that must be there; files that only have others may be absent
         Raises CheckpointError for corrupt or missing files, a tensor in two files, or weights in another format.
         """
         files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
-        listed = _read_index(folder)
-        for name in sorted(set(listed.values())):
-            if folder / name not in files:
-                raise CheckpointError(f"{folder / INDEX_NAME}: names {name}, which is not in the folder; download it")
+        listed = read_index(folder)
+        named = set(listed.values()) if listed else {file.name for file in files}
+        absent = named - {file.name for file in files}
+        for name, file_name in listed.items():
+            if file_name in absent and name.startswith(needed):
+                raise CheckpointError(
+                    f"{folder / INDEX_NAME}: names {file_name}, which is not in the folder; download it"
+                )
         if not files:
             raise CheckpointError(_explain_no_files(folder))
         tensors: dict[str, TensorInfo] = {}
@@ -61,13 +66,14 @@ class CheckpointIndex:
                     )
                 tensors[name] = info
         for name, file_name in listed.items():
+            if file_name in absent:
+                continue
             if name not in tensors:
                 raise CheckpointError(f"{name}: listed in {INDEX_NAME} but not in {file_name}; download the file again")
             if tensors[name].file.name != file_name:
                 raise CheckpointError(
                     f"{name}: {INDEX_NAME} says {file_name}, but it is in {tensors[name].file.name}; correct the index"
                 )
-        named = set(listed.values()) if listed else {file.name for file in files}
         return cls(folder, tensors, tuple(file.name for file in files if file.name not in named))
 
     @property
@@ -127,7 +133,7 @@ def _check_downloaded(file: Path) -> None:
         )
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """The weight map of the index file; empty without one."""
     path = folder / INDEX_NAME
     check_link(path)

@@ -14,6 +14,7 @@ from nextn.config.model_config import ModelConfig
 from nextn.quantization.scheme import UNQUANTIZED, LinearScheme, QuantizationConfig
 
 Role = Literal["weight", "bias", "scale", "input_scale", "norm", "plain"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SCALES: tuple[Role, ...] = ("scale", "input_scale")
 
 
@@ -91,18 +92,23 @@ class Layout:
         yield from self.others
 
 
+def nextn_prefix(config: ModelConfig) -> str:
+    """What the names of the NextN layer's tensors begin with."""
+    return f"model.layers.{config.num_hidden_layers}."
+
+
 def target_layout(config: ModelConfig, quantization: QuantizationConfig) -> Layout:
     """Layers 0 … num_hidden_layers - 1, the embedding, the last norm and the head.
 
     Raises QuantizationError where config and tensors disagree about a linear.
     """
     make = _Maker(config, quantization)
-    make.plain("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), "embed_tokens")
+    make.plain(EMBEDDING, (config.vocab_size, config.hidden_size), "embed_tokens")
     for layer in range(config.num_hidden_layers):
         make.block(layer)
     make.norm("model.norm")
     if not config.tie_word_embeddings:
-        make.plain("lm_head.weight", (config.vocab_size, config.hidden_size), "lm_head")
+        make.plain(HEAD, (config.vocab_size, config.hidden_size), "lm_head")
     return make.layout()
 
 

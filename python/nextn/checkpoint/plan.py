@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from nextn.checkpoint.fit import check_fit
 from nextn.checkpoint.index import CheckpointIndex
-from nextn.checkpoint.layout import Layout, nextn_layout, target_layout
+from nextn.checkpoint.layout import EMBEDDING, HEAD, Layout, nextn_layout, target_layout
 from nextn.checkpoint.report import LoadReport, report_draft, report_target
 from nextn.checkpoint.source import Source
 from nextn.checkpoint.values import check_alike, check_biases, check_norms, check_tied_head, check_weights
@@ -19,7 +19,6 @@ from nextn.errors import CheckpointError, ConfigError, QuantizationError
 from nextn.quantization.precedence import DraftQuantization, decide_draft_quantization
 from nextn.quantization.tensors import CheckedQuantization
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MUST_FIT = (
     "hidden_size",
     "vocab_size",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from nextn.checkpoint.fit import check_extent
 from nextn.checkpoint.header import TensorInfo
-from nextn.checkpoint.hub import resolve_model
+from nextn.checkpoint.hub import resolve_draft, resolve_model
 from nextn.checkpoint.ignores import check_ignores
 from nextn.checkpoint.index import CheckpointIndex
+from nextn.checkpoint.layout import nextn_prefix
 from nextn.config.model_config import ModelConfig
 from nextn.quantization.detect import detect_quantization
 from nextn.quantization.scheme import QuantizationConfig
@@ -33,20 +34,20 @@ class Source:
         flag: what the name was given with, for messages; has_target: False if only the NextN layer is taken
         Raises ConfigError, CheckpointError or QuantizationError.
         """
-        folder = resolve_model(name, flag)
+        folder = resolve_model(name, flag) if has_target else resolve_draft(name, flag)
         config = ModelConfig.from_pretrained(folder)
         quantization = detect_quantization(folder, config.quantization_config)
         if dummy:
             return cls(folder, config, quantization, None)
-        index = CheckpointIndex.open(folder)
+        index = CheckpointIndex.open(folder, "" if has_target else nextn_prefix(config))
         if has_target:
             check_extent(index, config)
-        check_ignores(quantization, config, index.tensors)
+        check_ignores(quantization, config, index.tensors, has_target=has_target)
         return cls(folder, config, quantization, index)
 
     @property
     def draft_prefix(self) -> str:
-        return f"model.layers.{self.config.num_hidden_layers}."
+        return nextn_prefix(self.config)
 
     @cached_property
     def dtypes(self) -> Mapping[str, str]:

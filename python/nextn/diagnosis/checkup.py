@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from nextn.checkpoint.hub import resolve_model
+from nextn.checkpoint.hub import resolve_draft, resolve_model
 from nextn.checkpoint.hub_headers import folder_with_headers
 from nextn.checkpoint.index import CheckpointIndex
 from nextn.checkpoint.layout import SCALES, Layout
@@ -105,15 +106,13 @@ def examine(options: DoctorOptions) -> Diagnosis:
 def _engine_config(options: DoctorOptions, name: str, folders: ExitStack) -> EngineConfig:
     """The server's, with folders in place of names: values are read from whole checkpoints, headers are enough else."""
 
-    def folder(name: str, flag: str) -> str:
-        return str(
-            resolve_model(name, flag) if options.deep else folders.enter_context(folder_with_headers(name, flag))
-        )
+    def folder(name: str, flag: str, resolve: Callable[[str, str], Path]) -> str:
+        return str(resolve(name, flag) if options.deep else folders.enter_context(folder_with_headers(name, flag)))
 
-    config = options.engine_config(folder(name, "CHECKPOINT"))
-    if config.draft_model_path is None:
+    config = options.engine_config(folder(name, "CHECKPOINT", resolve_model))
+    if (draft := config.draft_model_path) is None:
         return config
-    return replace(config, draft_model_path=folder(config.draft_model_path, "--speculative-draft-model-path"))
+    return replace(config, draft_model_path=folder(draft, "--speculative-draft-model-path", resolve_draft))
 
 
 def _examine(name: str, config: EngineConfig, options: DoctorOptions, depth: Depth) -> Diagnosis:
