@@ -270,7 +270,6 @@ class _Running:
 
     def __init__(self, place: Place, engine: Engine, batch: int, num_drafts: int) -> None:
         self.engine = engine
-        self.stepper = engine._stepper
         self.num_drafts = num_drafts
         self.batch = batch
         self.prompt_len = PROMPT_LEN if not place.is_rehearsal else 8
@@ -294,7 +293,7 @@ class _Running:
 
     def step(self) -> int:
         """Returns the number of tokens it brought."""
-        return sum(len(progress.kept) for progress in self.stepper.step(self.num_drafts))
+        return sum(len(output.token_ids) for output in self.engine.step(self.num_drafts))
 
     def __exit__(self, *error: object) -> None:
         self.engine.abort(None)
@@ -304,7 +303,7 @@ class _Running:
 
 
 def steady(place: Place, engine: Engine, batch: int, num_drafts: int) -> Steps:
-    """The median of rounds of steps, each as the engine makes them: with their tokens read."""
+    """The median of rounds of steps, each as the engine makes them: with their tokens read and their outputs made."""
     rounds, length, warm = (ROUNDS, STEPS_PER_ROUND, WARM_STEPS) if not place.is_rehearsal else (1, 2, 1)
     runner = engine._stepper._runner
     assert runner is not None, "the engine decodes on the device"

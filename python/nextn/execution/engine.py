@@ -153,11 +153,14 @@ class Engine:
         self._counters.num_aborted += len(aborted)
         return [output_of(seq, [], [], None) for seq in aborted]
 
-    def step(self) -> list[RequestOutput]:
-        """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens."""
+    def step(self, num_drafts: int | None = None) -> list[RequestOutput]:
+        """Run one cycle over everything that can run. Returns the outputs of sequences that got tokens.
+
+        num_drafts: see ``Stepper.step``
+        """
         if self._shadow is not None:
             self._shadow.make_way(self.scheduler.num_pages_wanted)
-        steps, failed = self._stepper.step(), self._grammars.take_failed()
+        steps, failed = self._stepper.step(num_drafts), self._grammars.take_failed()
         outputs = [self._give_up(seq, reason) for seq, reason in failed.items()]
         for extend, decision, kept, is_first in steps:
             if extend.seq in failed:
