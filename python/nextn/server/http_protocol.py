@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from nextn.server.errors import ApiError, invalid
@@ -12,6 +13,7 @@ MAX_HEADER_BYTES = 64 * 1024
 class CappedHttpProtocol(HttpToolsProtocol):
     """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers.
 
+    A request to go on in another protocol (``Upgrade``) is served as if it had not asked, as RFC 9110, 7.8 allows.
     Every request of a connection learns of its loss; uvicorn tells only the last of those that were pipelined.
     """
 
@@ -22,13 +24,32 @@ class CappedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
             self._num_header_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._read_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(invalid("The bytes on this connection are not a valid HTTP/1.1 request."))
         if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self._refuse(
                 ApiError(431, f"The headers have more than {MAX_HEADER_BYTES} bytes.", code="headers_too_large")
             )
 
+    def _read_without_upgrade(self, rest: bytes) -> None:
+        """Read the last headers again, without the one for which the parser left their body and all else (``rest``)."""
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse(invalid("CONNECT is not served here."))
+            return
+        headers = b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"%s %s HTTP/%s\r\n%s\r\n%s" % (method, self.url, version, headers, rest))
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_headers = False
         super().on_headers_complete()
         unanswered = (cycle for cycle in self._unanswered if not cycle.response_complete)
@@ -51,12 +72,11 @@ class CappedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_headers = True
         self._num_header_bytes = 0
         super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(invalid("The bytes on this connection are not a valid HTTP/1.1 request."))
 
     def _refuse(self, error: ApiError) -> None:
         body = error.body
