@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from nextn.distributed.nodes import Nodes, admit_nodes, listen_everywhere, reach_first_node
 from nextn.errors import ConfigError, NextnError
@@ -288,5 +288,12 @@ def _complain(message: str, exit_code: int) -> int:
     return exit_code
 
 
+def leave(exit_code: int) -> NoReturn:
+    """End the process now; threads that still tokenize or wait for a grammar's proof are not waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

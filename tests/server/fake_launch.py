@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from nextn.config.engine_config import EngineConfig
-from nextn.launch_server import main
+from nextn.launch_server import leave, main
 
 
 def run_fake(
@@ -18,4 +16,4 @@ def run_fake(
 
 
 if __name__ == "__main__":
-    sys.exit(main(engine_entry=run_fake))
+    leave(main(engine_entry=run_fake))

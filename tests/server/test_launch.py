@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+from nextn.server.serving import FLUSH_TIMEOUT
 
 from tests.server.conftest import wait_until
 from tests.server.processes import Launched, free_port, launched
+from tests.server.test_errors import check_error
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,82 @@ def test_a_second_ctrl_c_does_not_wait_for_streams(model: tuple[str, str]) -> No
         assert server.wait(10) == 0
         thread.join(5)
         assert "error" in json.loads(payloads[-1])
+
+
+def hostile_grammar(tag: int) -> str:
+    """One that takes minutes to compile."""
+    terms = (rf"/(.|\n)*{chr(97 + i)}.{{{10 + i}}}{chr(98 + i)}(.|\n)*/" for i in range(12))
+    return f"// {tag}\nstart: A\nA: {' & '.join(terms)}"
+
+
+@pytest.mark.parametrize(("num_signals", "timeout"), [(1, "0.2"), (2, "60")], ids=["deadline", "second signal"])
+def test_a_request_that_is_still_planned_at_the_end_gets_a_503(
+    model: tuple[str, str], num_signals: int, timeout: str
+) -> None:
+    """Six grammars are tried for 2 s each, one after the other; the server does not wait for that."""
+    answers: list[httpx.Response] = []
+
+    def ask(tag: int) -> None:
+        body = {"prompt": "x", "max_tokens": 1, "ebnf": hostile_grammar(tag)}
+        answers.append(server.http.post("/v1/completions", json=body))
+
+    with launched(*model, "--shutdown-timeout", timeout) as server:
+        server.wait_ready()
+        threads = [threading.Thread(target=ask, args=(tag,), daemon=True) for tag in range(6)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(server.children()) > 2)  # the engine, multiprocessing's tracker, who tries grammars
+        time.sleep(0.5)  # the other five are planned too
+        begun_at = time.monotonic()
+        for _ in range(num_signals):
+            os.kill(server.process.pid, signal.SIGTERM)
+            time.sleep(0.3)
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - begun_at < 9
+        for thread in threads:
+            thread.join(5)
+        assert len(answers) == 6
+        refused = [answer for answer in answers if answer.status_code != 400]
+        assert len(refused) > 1
+        for answer in refused:
+            check_error(answer, 503, None, "unavailable")
+        assert not [line for line in server.err if " ERROR " in line or "Traceback" in line]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_reads_slowly_gets_its_whole_answer_at_the_end(model: tuple[str, str], stream: bool) -> None:
+    params = {"max_new_tokens": 450, "n": 20, "ignore_eos": True}
+    body = {"text": "one two", "stream": stream, "sampling_params": params, "return_logprob": True}
+    payload = json.dumps({**body, "top_logprobs_num": 20, "return_text_in_logprobs": True}).encode()
+    with launched(*model, "--shutdown-timeout", "60", fake="tokens_per_step=5") as server, socket.socket() as slow:
+        server.wait_ready()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(30)
+        slow.connect(("127.0.0.1", httpx.URL(server.url).port))
+        slow.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(payload), payload))
+        received = slow.recv(1)  # the answer has begun
+        wait_until(lambda: server.http.get("/get_load").json()[0]["num_reqs"] == 0)
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(FLUSH_TIMEOUT * 2 + 1)
+        received += b"".join(iter(lambda: slow.recv(1 << 20), b""))
+        assert server.wait() == 0
+    head, _, rest = received.partition(b"\r\n\r\n")
+    if stream:
+        assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    else:
+        assert f"content-length: {len(rest)}".encode() in head.splitlines()
+
+
+def test_a_request_whose_body_has_not_come_does_not_hold_up_the_end(model: tuple[str, str]) -> None:
+    with launched(*model, "--shutdown-timeout", "60") as server, socket.socket() as client:
+        server.wait_ready()
+        client.settimeout(30)
+        client.connect(("127.0.0.1", httpx.URL(server.url).port))
+        client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        server.http.get("/health")  # the server has read what came before
+        server.signal(signal.SIGTERM)
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+        assert server.wait() == 0
 
 
 def test_ctrl_c_while_loading_ends_at_once(model: tuple[str, str]) -> None:

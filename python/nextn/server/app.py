@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -12,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nextn.errors import RequestError
 from nextn.server import admin, chat, completions, native
 from nextn.server.auth import ApiKeyGuard
-from nextn.server.errors import ApiError, from_request_error, invalid
+from nextn.server.errors import ApiError, from_request_error, invalid, unavailable
 from nextn.server.openapi import install_schema
 from nextn.server.responses import as_api_error
 from nextn.server.services import Services
@@ -81,6 +83,9 @@ class _LastResort:
             await self._app(scope, receive, watched_send)
         except ClientDisconnect:  # before its body was here: there is nobody to answer
             pass
+        except asyncio.CancelledError:  # by the end of the server
+            if not begun:
+                await unavailable("The server was shut down.").response()(scope, receive, send)
         except Exception as error:
             failure = as_api_error(error)
             if not begun:

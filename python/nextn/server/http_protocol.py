@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from nextn.server.errors import ApiError, invalid
+from nextn.server.errors import ApiError, invalid, unavailable
 
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -19,7 +19,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
 
     _num_header_bytes = 0
     _in_headers = True
-    _unanswered: tuple[RequestResponseCycle, ...] = ()
+    _requests: tuple[RequestResponseCycle, ...] = ()
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
@@ -52,15 +52,34 @@ class CappedHttpProtocol(HttpToolsProtocol):
             return
         self._in_headers = False
         super().on_headers_complete()
-        unanswered = (cycle for cycle in self._unanswered if not cycle.response_complete)
-        self._unanswered = (*unanswered, self.cycle)
+        self._requests = (*self._unanswered, self.cycle)
+
+    @property
+    def _unanswered(self) -> tuple[RequestResponseCycle, ...]:
+        """The requests whose responses are not complete, in order."""
+        return tuple(cycle for cycle in self._requests if not cycle.response_complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         for cycle in self._unanswered:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    def shutdown(self) -> None:
+        """Close as soon as what was asked is answered; a request whose body has not come yet is refused."""
+        super().shutdown()
+        match self._unanswered:
+            case (cycle,) if cycle.more_body and not cycle.response_started:
+                self._refuse(unavailable("The server is shutting down and takes no new requests."))
+
+    def cut(self) -> None:
+        """Break off a response that is under way."""
+        if any(cycle.response_started for cycle in self._unanswered):
+            self._disconnect()
+            self.transport.abort()
 
     def on_chunk_header(self) -> None:
         """A chunk begins: its bytes follow, or trailers after the last, empty one."""
@@ -80,7 +99,6 @@ class CappedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         body = error.body
-        reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[error.status]
-        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (error.status, reason, len(body)) + body)
+        head = b"%scontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (STATUS_LINE[error.status], len(body)) + body)
         self.transport.close()

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import uvicorn
@@ -25,6 +26,9 @@ LAST_WORDS_TIMEOUT = 0.5
 
 FLUSH_TIMEOUT = 2.0
 """Seconds that responses get to write their error event after the engine is gone."""
+
+HURRIED_FLUSH_TIMEOUT = 0.5
+"""The same after a second signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +52,32 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def cut(self) -> None:
+        """End what is still under way: responses that nobody reads break off, requests without one are cancelled."""
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, CappedHttpProtocol)
+            connection.cut()
+        for task in self.server_state.tasks:
+            task.cancel()
+
+
+class _Threads(ThreadPoolExecutor):
+    """The event loop's threads. The end does not wait for what they still do: it is for nobody, and may take long."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
 
 async def serve(app: ASGIApp, client: EngineClient, listener: socket.socket, watch: Supervision) -> str | None:
     """Serve until a signal asks to stop (returns None) or the engine fails (returns the reason).
 
     A first signal drains; a second ends the running requests at once.
     """
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(_Threads())
     stop, hurry = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     config = uvicorn.Config(
         app,
         http=CappedHttpProtocol,
@@ -73,15 +94,17 @@ async def serve(app: ASGIApp, client: EngineClient, listener: socket.socket, wat
     try:
         reason = await _supervise(client, serving, stop, watch)
         if reason is None:
-            await _drain(client, server, hurry, watch.shutdown_timeout)
+            await _drain(client, server, serving, hurry, watch.shutdown_timeout)
         client.fail(reason or "the server was shut down", kind="internal" if reason else "unavailable")
         return reason
     finally:
         server.should_exit = True
-        await asyncio.wait((serving,), timeout=FLUSH_TIMEOUT)
+        flush_timeout = HURRIED_FLUSH_TIMEOUT if hurry.is_set() else FLUSH_TIMEOUT
+        await asyncio.wait((serving,), timeout=flush_timeout)
+        server.cut()
         server.force_exit = True
         await client.close()
-        await asyncio.wait((serving,), timeout=FLUSH_TIMEOUT)
+        await asyncio.wait((serving, *server.server_state.tasks), timeout=flush_timeout)
 
 
 async def _supervise(
@@ -113,14 +136,15 @@ async def _supervise(
     return None
 
 
-async def _drain(client: EngineClient, server: _Server, hurry: asyncio.Event, timeout: float) -> None:
-    """Stop accepting and let running requests finish, for at most ``timeout`` seconds."""
+async def _drain(
+    client: EngineClient, server: _Server, serving: asyncio.Task[None], hurry: asyncio.Event, timeout: float
+) -> None:
+    """Stop accepting, and let running requests finish and their clients read, for at most ``timeout`` seconds."""
     client.drain()
     server.should_exit = True
     logger.info("shutting down running_requests=%d timeout_s=%g", client.num_running, timeout)
-    deadline = asyncio.get_running_loop().time() + timeout
-    while client.num_running and not hurry.is_set():
-        if asyncio.get_running_loop().time() > deadline:
-            logger.warning("shutdown timeout reached running_requests=%d", client.num_running)
-            return
-        await asyncio.sleep(POLL_INTERVAL / 2)
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait((serving, hurried), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not serving.done() and not hurry.is_set():
+        logger.warning("shutdown timeout reached running_requests=%d", client.num_running)
