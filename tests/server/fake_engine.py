@@ -41,6 +41,8 @@ class Behaviour:
     """What the fake does; a test may change it while it runs.
 
     script: the tokens to generate for every request, then EOS; None repeats the prompt for ever
+    queue_limit: requests that it has at most; it refuses others
+    batch_limit: the first of them that a step works on; the others wait
     """
 
     script: list[int] | None = None
@@ -49,6 +51,7 @@ class Behaviour:
     load_seconds: float = 0.0
     fail_loading: str | None = None
     queue_limit: int | None = None
+    batch_limit: int | None = None
     die_after_tokens: int | None = None
     hang_after_tokens: int | None = None
     draft_health: DraftHealth | None = None
@@ -178,7 +181,7 @@ class FakeEngine:
     def _step(self) -> list[RequestOutput]:
         self.num_steps += 1
         outputs = []
-        for rid, sequence in list(self.running.items()):
+        for rid, sequence in list(self.running.items())[: self.behaviour.batch_limit]:
             if self._is_past(self.behaviour.error_after_tokens):
                 del self.running[rid]
                 outputs.append(self._ended(sequence.request, "error", "a kernel failed", "internal"))

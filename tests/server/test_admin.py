@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,8 +29,49 @@ def test_health_generate_makes_the_engine_work(make_app: AppFactory) -> None:
     assert app.engine.num_tokens == 1
     app.engine.reset(Behaviour(error_after_tokens=0))
     check_error(app.http.get("/health_generate"), 500, None)
-    app.engine.reset(Behaviour(queue_limit=0))
-    check_error(app.http.get("/health_generate"), 429, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "behaviour"),
+    [
+        ((), Behaviour(batch_limit=1)),
+        ((), Behaviour(queue_limit=1)),
+        (("--max-running-requests", "1", "--max-queued-requests", "1"), Behaviour(batch_limit=1)),
+    ],
+    ids=["waiting", "refused by the engine", "refused by the server"],
+)
+def test_an_engine_that_steps_for_others_is_alive_without_room_for_more(
+    make_app: AppFactory, flags: tuple[str, ...], behaviour: Behaviour
+) -> None:
+    app = make_app(*flags, behaviour=dataclasses.replace(behaviour, step_seconds=0.05, tokens_per_step=1), fresh=True)
+    body = {"text": ["a", "b"] if flags else "a", "stream": True, "sampling_params": {"max_new_tokens": 500}}
+    with app.http.stream("POST", "/generate", json=body) as running:
+        lines = running.iter_lines()  # kept, for without it the response is closed
+        next(lines)
+        assert app.http.get("/health_generate").status_code == 200
+        assert app.engine.num_tokens < 400, "it waited for others to end"
+
+
+def test_an_engine_that_hangs_with_a_full_queue_is_not_alive(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nextn.server.admin.HEALTH_GENERATE_TIMEOUT", 0.3)
+    app = make_app("--max-running-requests", "1", "--max-queued-requests", "1")
+    app.engine.behaviour.hang_after_tokens = 1
+    body = {"text": ["a", "b"], "stream": True, "sampling_params": {"max_new_tokens": 500}}
+    with app.http.stream("POST", "/generate", json=body) as running:
+        lines = running.iter_lines()  # kept, for without it the response is closed
+        next(lines)
+        check_error(app.http.get("/health_generate"), 503, None, "unavailable")
+
+
+def test_probes_are_not_counted_as_requests(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(tokens_per_step=1), fresh=True)
+    assert app.http.get("/health_generate").status_code == 200
+    assert app.engine.num_tokens == 1
+    found = samples(app.http.get("/metrics"))
+    for histogram in ("time_to_first_token", "queue_time", "e2e_request_latency"):
+        assert found[f"nextn:{histogram}_seconds_count"] == 0
 
 
 def test_models_lists_the_served_model(app: App) -> None:

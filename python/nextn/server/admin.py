@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 from nextn.protocol.messages import AddRequest, EngineReady
 from nextn.protocol.sampling import TokenSampling
 from nextn.server.decoding import decode, read_body
-from nextn.server.engine_client import EngineState
+from nextn.server.engine_client import EngineClient, EngineState
 from nextn.server.errors import ApiError, from_output, invalid, model_not_found, unavailable
 from nextn.server.metrics import CONTENT_TYPE
 from nextn.server.openapi import documented
@@ -57,9 +57,10 @@ def router(services: Services) -> APIRouter:
         complaint = engine.draft_health.complaint if engine.draft_health is not None else None
         return json_response({"status": "ok"} if complaint is None else {"status": "ok", "draft": complaint})
 
-    @routes.get("/health_generate", **documented(None, 429, 500, 503))
+    @routes.get("/health_generate", **documented(None, 500, 503))
     async def health_generate() -> Response:
-        await _generate_one_token(services)
+        """200 once the engine has made a step: for one token of this request's own, or for any other request."""
+        await _wait_for_life(services)
         return json_response({"status": "ok"})
 
     @routes.get("/v1/models", **documented(None))
@@ -118,23 +119,42 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-async def _generate_one_token(services: Services) -> None:
-    """Have the engine generate one token, or raise why it does not."""
+async def _wait_for_life(services: Services) -> None:
+    """Have the engine generate one token, or see it make a step for others meanwhile; or raise why neither happens."""
     ready = services.engine.require_ready()
-    rid = services.new_id("health")
     token_id = ready.eos_token_ids[0] if ready.eos_token_ids else 0
     sampling = TokenSampling(max_new_tokens=1, seed=0, temperature=0.0, ignore_eos=True)
-    generation = services.engine.submit([AddRequest(rid=rid, input_ids=[token_id], sampling=sampling)])
+    probe = AddRequest(rid=services.new_id("health"), input_ids=[token_id], sampling=sampling)
+    generating = asyncio.create_task(_generate(services.engine, probe))
+    stepping = asyncio.create_task(services.engine.wait_for_step())
     try:
         async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT):
-            while not generation.is_over:
-                for _, output in await generation.receive():
-                    if output.finish_reason == "error":
-                        raise from_output(output)
+            await asyncio.wait((generating, stepping), return_when=asyncio.FIRST_COMPLETED)
+            if generating.done() and not _found_no_room(generating.exception()):
+                generating.result()
+            else:
+                await stepping
     except TimeoutError:
-        raise unavailable(f"The engine generated no token within {HEALTH_GENERATE_TIMEOUT:.0f} s.") from None
+        raise unavailable(f"The engine made no step within {HEALTH_GENERATE_TIMEOUT:g} s.") from None
+    finally:
+        generating.cancel()
+        stepping.cancel()
+        await asyncio.gather(generating, stepping, return_exceptions=True)
+
+
+async def _generate(engine: EngineClient, probe: AddRequest) -> None:
+    generation = engine.submit([probe], is_probe=True)
+    try:
+        while not generation.is_over:
+            for _, output in await generation.receive():
+                if output.finish_reason == "error":
+                    raise from_output(output)
     finally:
         generation.close()
+
+
+def _found_no_room(error: BaseException | None) -> bool:
+    return isinstance(error, ApiError) and error.status == 429
 
 
 def _model_card(services: Services) -> dict[str, Any]:

@@ -52,14 +52,20 @@ class EngineState(Enum):
 
 
 class _Running:
-    """One engine request: where its outputs go, what its HTTP request is called, and the times its metrics need."""
+    """One engine request: where its outputs go, what its HTTP request is called, and the times its metrics need.
 
-    __slots__ = ("arrived_at", "generation", "index", "last_output_at", "names", "num_tokens")
+    is_probe: metrics do not count it
+    """
 
-    def __init__(self, generation: Generation, names: Sequence[str], index: int, now: float) -> None:
+    __slots__ = ("arrived_at", "generation", "index", "is_probe", "last_output_at", "names", "num_tokens")
+
+    def __init__(
+        self, generation: Generation, names: Sequence[str], index: int, now: float, is_probe: bool = False
+    ) -> None:
         self.generation = generation
         self.names = names
         self.index = index
+        self.is_probe = is_probe
         self.arrived_at = now
         self.last_output_at: float | None = None
         self.num_tokens = 0
@@ -86,6 +92,7 @@ class EngineClient:
         self._num_calls = 0
         self._outgoing: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._failed = asyncio.Event()
+        self._stepped = asyncio.Event()
         self._heard_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -134,13 +141,25 @@ class EngineClient:
         assert self.ready is not None
         return self.ready
 
+    async def wait_for_step(self) -> None:
+        """Return when the engine has made a step, for whomever; raises ApiError 503 if it is gone."""
+        self._stepped.clear()
+        await self._stepped.wait()
+        self.require_ready()
+
     def submit(
-        self, requests: Sequence[AddRequest], groups: Mapping[str, Sequence[str]] | None = None, min_tokens: int = 1
+        self,
+        requests: Sequence[AddRequest],
+        groups: Mapping[str, Sequence[str]] | None = None,
+        min_tokens: int = 1,
+        *,
+        is_probe: bool = False,
     ) -> Generation:
         """Start the engine requests of one HTTP request.
 
         groups: names that an abort may use, and the requests that each stands for
         min_tokens: see ``Generation``
+        is_probe: nobody's request, so that metrics do not count it
         Raises ApiError: 503 if the engine takes no requests, 429 if it has too many, 400 if a name is in use.
         """
         self.require_ready()
@@ -154,7 +173,7 @@ class EngineClient:
         generation = Generation(rids, min_tokens, self._release)
         self._groups.update(groups)
         for index, request in enumerate(requests):
-            self._running[request.rid] = _Running(generation, tuple(groups), index, now)
+            self._running[request.rid] = _Running(generation, tuple(groups), index, now, is_probe)
             self._outgoing.put_nowait(request)
         logger.debug("request submitted rid=%s choices=%d", rids[0], len(requests))
         return generation
@@ -189,6 +208,7 @@ class EngineClient:
         self.state = EngineState.DEAD
         self.failure = EngineFailed(reason, user_error)
         self._failed.set()
+        self._stepped.set()
         for rid, running in list(self._running.items()):
             running.generation.deliver(
                 running.index,
@@ -223,7 +243,8 @@ class EngineClient:
         running = self._running.pop(rid, None)
         if running is None:
             return
-        self._metrics.observe_end(time.monotonic() - running.arrived_at)
+        if not running.is_probe:
+            self._metrics.observe_end(time.monotonic() - running.arrived_at)
         if abort and self.state is not EngineState.DEAD:
             self._outgoing.put_nowait(Abort(rid))
             if not self._leaving:
@@ -252,6 +273,8 @@ class EngineClient:
         self._heard_at = time.monotonic()
         match message:
             case StepOutput():
+                if message.stats.num_steps > self.stats.num_steps:
+                    self._stepped.set()
                 self.stats = message.stats
                 for output in message.outputs:
                     self._deliver(output)
@@ -280,13 +303,13 @@ class EngineClient:
             return
         now = self._heard_at
         num_new = len(output.token_ids)
-        if num_new:
+        if num_new and not running.is_probe:
             if running.last_output_at is None:
                 self._metrics.observe_first_token(now - running.arrived_at, output.queue_time)
             else:
                 self._metrics.observe_next_tokens(now - running.last_output_at, num_new)
             running.last_output_at = now
             running.num_tokens += num_new
-        if output.finish_reason == "abort":
+        if output.finish_reason == "abort" and not running.is_probe:
             self._metrics.count_abort()
         running.generation.deliver(running.index, output)
