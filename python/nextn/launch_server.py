@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
     engine_entry: the function that the engine process runs; None is the real engine
     """
     from nextn.config.server_args import ServerArgs
-    from nextn.server.listening import listen
+    from nextn.server.listening import listen, make_room_for_connections
     from nextn.server.logs import configure_logging
 
     try:
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None, engine_entry: EngineEntry | None = N
     try:
         if args.node_rank > 0:
             return _follow(args)
+        make_room_for_connections(args.max_requests_in_flight)
         with listen(args.host, args.port) as listener:
             return _run(args, listener, engine_entry)
     except NextnError as error:

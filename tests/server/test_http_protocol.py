@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import App
+from tests.server.conftest import App, AppFactory
+from tests.server.fake_engine import Behaviour
 
 SHORT = {"prompt": "one two", "max_tokens": 2}
 
@@ -60,3 +61,35 @@ def test_connect_is_refused_in_the_contract_form(app: App) -> None:
         answer = receive_all(connection)
     assert answer.startswith(b"HTTP/1.1 400")
     assert "CONNECT" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+@pytest.mark.parametrize("begun", [b"", b"\r\n", post(SHORT)[:40]], ids=["nothing", "an empty line", "a part"])
+def test_a_connection_whose_headers_do_not_come_is_closed(
+    app: App, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    with connect(app) as used:
+        used.sendall(post(SHORT))
+        assert used.recv(65536).startswith(b"HTTP/1.1 200")
+        monkeypatch.setattr("nextn.server.http_protocol.HEADERS_TIMEOUT", 0.1)
+        if begun:  # else this is a connection that may be kept
+            used.sendall(begun)
+            assert receive_all(used) == b""
+    with connect(app) as fresh:
+        fresh.sendall(begun)
+        assert receive_all(fresh) == b""
+
+
+def test_headers_may_wait_for_a_response_that_is_under_way(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.05, tokens_per_step=1))
+    second = post(SHORT, "connection: close")
+    with connect(app) as connection:
+        connection.sendall(post({**SHORT, "max_tokens": 20, "stream": True}))
+        received = connection.recv(1)
+        monkeypatch.setattr("nextn.server.http_protocol.HEADERS_TIMEOUT", 0.1)
+        connection.sendall(second[:40])
+        while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            received += connection.recv(65536)
+        connection.sendall(second[40:])
+        assert receive_all(connection).startswith(b"HTTP/1.1 200")

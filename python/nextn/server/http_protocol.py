@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -9,9 +11,13 @@ from nextn.server.errors import ApiError, invalid, unavailable
 
 MAX_HEADER_BYTES = 64 * 1024
 
+HEADERS_TIMEOUT = 60.0
+"""Seconds that a client has for the headers of a request, from its first byte or from the connection's beginning."""
+
 
 class CappedHttpProtocol(HttpToolsProtocol):
-    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers.
+    """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers, or
+    no complete headers within ``HEADERS_TIMEOUT``.
 
     A request to go on in another protocol (``Upgrade``) is served as if it had not asked, as RFC 9110, 7.8 allows.
     Every request of a connection learns of its loss; uvicorn tells only the last of those that were pipelined.
@@ -20,6 +26,19 @@ class CappedHttpProtocol(HttpToolsProtocol):
     _num_header_bytes = 0
     _in_headers = True
     _requests: tuple[RequestResponseCycle, ...] = ()
+    _headers_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def _expect_headers(self) -> None:
+        self._headers_timer = self.loop.call_later(HEADERS_TIMEOUT, self.transport.close)
+
+    def _stop_expecting_headers(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
@@ -31,6 +50,8 @@ class CappedHttpProtocol(HttpToolsProtocol):
             self._read_without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._refuse(invalid("The bytes on this connection are not a valid HTTP/1.1 request."))
+        if self._in_headers and self._headers_timer is None and not self._unanswered:
+            self._expect_headers()
         if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self._refuse(
                 ApiError(431, f"The headers have more than {MAX_HEADER_BYTES} bytes.", code="headers_too_large")
@@ -51,6 +72,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._in_headers = False
+        self._stop_expecting_headers()
         super().on_headers_complete()
         self._requests = (*self._unanswered, self.cycle)
 
@@ -61,6 +83,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._stop_expecting_headers()
         self._disconnect()
 
     def _disconnect(self) -> None:
