@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import urllib.error
+import urllib.request
 from typing import Any
 
 import httpx
@@ -93,3 +95,59 @@ def test_headers_may_wait_for_a_response_that_is_under_way(
             received += connection.recv(65536)
         connection.sendall(second[40:])
         assert receive_all(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_no_answer_to_http_1_0_is_chunked(app: App) -> None:
+    for stream in (False, True):
+        with connect(app) as connection:
+            connection.sendall(post({**SHORT, "stream": stream}, version="1.0"))
+            headers, _, body = receive_all(connection).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in headers.lower()
+        assert (b"content-length: %d" % len(body) in headers.splitlines()) is not stream
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"}\n\ndata: [DONE]\n\n")
+
+
+def test_a_client_that_sends_its_whole_body_first_learns_that_it_is_too_large(make_app: AppFactory) -> None:
+    app = make_app("--max-body-bytes", "1024")
+    request = urllib.request.Request(f"{app.url}/v1/completions", data=b"x" * 8 * 2**20)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code == 413
+    assert json.load(refused.value)["error"]["code"] == "request_too_large"
+
+
+def test_a_refused_body_is_not_taken_for_ever(make_app: AppFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextn.server.http_protocol.MAX_IGNORED_BYTES", 2**20)
+    app = make_app("--max-body-bytes", "1024")
+    with connect(app) as connection:
+        connection.sendall(head(2**40))
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"x" * 48 * 2**20)
+
+
+@pytest.mark.parametrize("first", [b"", post(SHORT)], ids=["alone", "with another request"])
+def test_garbage_behind_a_request_does_not_spoil_its_response(make_app: AppFactory, first: bytes) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.02, tokens_per_step=1))
+    with connect(app) as connection:
+        connection.sendall(first + post({**SHORT, "max_tokens": 20, "stream": True}))
+        received = b""
+        while b"data: " not in received:
+            received += connection.recv(65536)
+        connection.sendall(b"\0garbage\r\n\r\n")
+        received += receive_all(connection)
+    assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200") == (2 if first else 1)
+    assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_a_body_that_is_not_http_is_refused_and_does_not_spoil_the_response_before_it(make_app: AppFactory) -> None:
+    app = make_app(behaviour=Behaviour(step_seconds=0.02, tokens_per_step=1))
+    broken = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno size\r\n"
+    with connect(app) as alone:
+        alone.sendall(broken)
+        assert receive_all(alone).startswith(b"HTTP/1.1 400")
+    with connect(app) as behind:
+        behind.sendall(post({**SHORT, "max_tokens": 20, "stream": True}) + broken)
+        received = receive_all(behind)
+    assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 200") == 1
+    assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")

@@ -52,7 +52,8 @@ def router(services: Services) -> APIRouter:
 
     @routes.get("/health", **documented(None, 503))
     async def health() -> Response:
-        """200 as long as the engine answers; ``draft`` says what is known to be wrong with speculation."""
+        """200 from when the model is loaded until the server or its engine ends, as far as the server knows without
+        asking the engine; ``draft`` says what is known to be wrong with speculation."""
         engine.require_ready()
         complaint = engine.draft_health.complaint if engine.draft_health is not None else None
         return json_response({"status": "ok"} if complaint is None else {"status": "ok", "draft": complaint})

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from nextn.server.errors import ApiError, invalid, unavailable
 
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
+
 MAX_HEADER_BYTES = 64 * 1024
 
 HEADERS_TIMEOUT = 60.0
 """Seconds that a client has for the headers of a request, from its first byte or from the connection's beginning."""
+
+MAX_IGNORED_BYTES = 64 * 2**20
+LINGER_TIMEOUT = 30.0
+"""Bytes and seconds that a client may still send before its connection is closed: many read only after that."""
 
 
 class CappedHttpProtocol(HttpToolsProtocol):
     """Closes a connection that sends more than ``MAX_HEADER_BYTES`` of request line and headers, or of trailers, or
     no complete headers within ``HEADERS_TIMEOUT``.
 
-    A request to go on in another protocol (``Upgrade``) is served as if it had not asked, as RFC 9110, 7.8 allows.
+    What cannot be read is refused only after the responses that are under way. A response to HTTP/1.0 that has no
+    length ends with the connection. A request to go on in another protocol (``Upgrade``) is served as if it had not
+    asked, as RFC 9110, 7.8 allows.
     Every request of a connection learns of its loss; uvicorn tells only the last of those that were pipelined.
     """
 
@@ -27,6 +37,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
     _in_headers = True
     _requests: tuple[RequestResponseCycle, ...] = ()
     _headers_timer: asyncio.TimerHandle | None = None
+    _num_ignored_bytes: int | None = None  # None while what comes is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -41,6 +52,11 @@ class CappedHttpProtocol(HttpToolsProtocol):
             self._headers_timer = None
 
     def data_received(self, data: bytes) -> None:
+        if self._num_ignored_bytes is not None:
+            self._num_ignored_bytes += len(data)
+            if self._num_ignored_bytes > MAX_IGNORED_BYTES and not self._unanswered:
+                self.transport.close()
+            return
         if self._in_headers:
             self._num_header_bytes += len(data)
         self._unset_keepalive_if_required()
@@ -76,6 +92,36 @@ class CappedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._requests = (*self._unanswered, self.cycle)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+            await app(scope, receive, self._sender(cycle))
+
+        super()._start_asgi_task(cycle, answer)
+
+    def _sender(self, cycle: RequestResponseCycle) -> ASGISendCallable:
+        """What sends the response of ``cycle``, where uvicorn would send chunks to HTTP/1.0, or close too early."""
+        ends_by_closing = False
+
+        async def send(message: ASGISendEvent) -> None:
+            nonlocal ends_by_closing
+            lingers = False
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                ends_by_closing = cycle.scope["http_version"] == "1.0" and not has_length
+                if ends_by_closing:
+                    cycle.chunked_encoding = False
+            elif message["type"] == "http.response.body":
+                if ends_by_closing:
+                    cycle.expected_content_length = len(message.get("body", b""))
+                if not cycle.keep_alive and not message.get("more_body", False):
+                    lingers = cycle.more_body or self._num_ignored_bytes is not None
+                    cycle.keep_alive = lingers  # else uvicorn closes
+            await cycle.send(message)
+            if lingers:
+                self._linger()
+
+        return send
+
     @property
     def _unanswered(self) -> tuple[RequestResponseCycle, ...]:
         """The requests whose responses are not complete, in order."""
@@ -94,9 +140,10 @@ class CappedHttpProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close as soon as what was asked is answered; a request whose body has not come yet is refused."""
         super().shutdown()
-        match self._unanswered:
-            case (cycle,) if cycle.more_body and not cycle.response_started:
-                self._refuse(unavailable("The server is shutting down and takes no new requests."))
+        if self._is_reading_request:
+            self._refuse(unavailable("The server is shutting down and takes no new requests."))
+        if not self._unanswered:
+            self.transport.close()
 
     def cut(self) -> None:
         """Break off a response that is under way."""
@@ -120,8 +167,33 @@ class CappedHttpProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
         super().on_message_complete()
 
+    @property
+    def _is_reading_request(self) -> bool:
+        """True where a request's body is still on the way, and nothing answers it yet."""
+        unanswered = self._unanswered
+        return bool(unanswered) and unanswered[-1].more_body and not unanswered[-1].response_started
+
     def _refuse(self, error: ApiError) -> None:
+        """Read nothing more, and close: with ``error``, or after the responses that are under way."""
+        self._num_ignored_bytes = 0
+        if self._is_reading_request:
+            *others, refused = self._unanswered
+            self._requests = tuple(others)
+            refused.disconnected = True
+            refused.message_event.set()
+        if self._unanswered:
+            self._unanswered[-1].keep_alive = False
+            return
         body = error.body
         head = b"%scontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (STATUS_LINE[error.status], len(body)) + body)
-        self.transport.close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close when the client has sent what it is sending: data that nobody takes would cost it the answer."""
+        self._num_ignored_bytes = self._num_ignored_bytes or 0
+        self._unset_keepalive_if_required()
+        if not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(LINGER_TIMEOUT, self.transport.close)
+            self.flow.resume_reading()
+            self.transport.write_eof()
