@@ -186,6 +186,28 @@ def test_without_parallel_tool_calls_one_call_ends_the_answer(make_app: AppFacto
 
 
 @BOTH
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize(
+    ("said", "limit", "reason"),
+    [
+        (TWO_CALLS, {"stop": "lo</arg"}, "stop"),
+        (TWO_CALLS.partition("lo</arg")[0], {}, "stop"),
+        (TWO_CALLS.partition("lo</arg")[0] + "!" * 40, {"max_tokens": 40}, "length"),
+    ],
+    ids=["stop string", "eos", "length"],
+)
+def test_a_call_that_is_cut_is_no_reason_to_call(
+    make_app: AppFactory, said: str, limit: dict[str, Any], reason: str, parallel: bool, stream: bool
+) -> None:
+    app = scripted(make_app, said, *PARSERS)
+    found = ask(app, stream, tools=[WEATHER], parallel_tool_calls=parallel, **limit)
+    ((name, arguments),) = found["calls"]
+    assert name == "get_weather"
+    assert json.loads(arguments)["city"].startswith("Os")
+    assert found["reason"] == reason
+
+
+@BOTH
 def test_tool_choice_none_hides_the_tools(make_app: AppFactory, stream: bool) -> None:
     app = scripted(make_app, TWO_CALLS, *PARSERS)
     found = ask(app, stream, tools=[WEATHER], tool_choice="none")

@@ -38,6 +38,7 @@ class ChatWriter:
         self._wants_steps = bool(asked.return_spec_steps)
         self._num_top = (asked.top_logprobs or 0) if asked.logprobs else None
         self._ends_after_call = asked.parallel_tool_calls is False
+        self._is_cut = False  # the last call, by the end of the output
 
     def write(self, piece: Piece) -> tuple[list[ChatDelta], dict[str, Any] | None]:
         """The deltas of a piece, and the logprobs of its tokens.
@@ -47,7 +48,10 @@ class ChatWriter:
         deltas = []
         for part in self._parser.push(piece.text, piece.choice.finish_reason is not None):
             deltas.append(_delta(part))
-            if self._ends_after_call and not isinstance(part, ReasoningText | ContentText) and part.is_last:
+            if isinstance(part, ReasoningText | ContentText) or not part.is_last:
+                continue
+            self._is_cut = part.is_cut
+            if self._ends_after_call and not part.is_cut:
                 piece.choice.finish("stop")
                 break
         logprobs = None
@@ -62,8 +66,8 @@ class ChatWriter:
         return piece.spec_steps if self._wants_steps else msgspec.UNSET
 
     def finish_reason(self, choice: Choice) -> str | None:
-        """OpenAI's word for how the choice ended."""
-        has_calls = self._parser.num_calls > 0
+        """OpenAI's word for how the choice ended: calls that may be made, or why there is no more."""
+        has_calls = self._parser.num_calls > 0 and not self._is_cut
         return "tool_calls" if has_calls and choice.finish_reason == "stop" else choice.finish_reason
 
 

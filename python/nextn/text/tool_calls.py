@@ -53,12 +53,14 @@ class ToolCallPart:
     name: given once, in a call's first part, which has no arguments
     arguments: a fragment of the arguments' JSON; all fragments together are one JSON object
     is_last: the arguments are complete
+    is_cut: the output ended inside the call, and these arguments are what there was of them
     """
 
     index: int
     name: str | None = None
     arguments: str = ""
     is_last: bool = False
+    is_cut: bool = False
 
 
 class _State(Enum):
@@ -222,11 +224,11 @@ class ToolCallParser:
     def _key_text(self) -> str:
         return f"{', ' if self._keys else '{'}{_quote(self._key)}: "
 
-    def _close_call(self, reopens: bool = False) -> None:
+    def _close_call(self, reopens: bool = False, is_cut: bool = False) -> None:
         self._emit_arguments("}" if self._keys else "{}")
         last = self._events[-1]
         assert isinstance(last, ToolCallPart)
-        self._events[-1] = replace(last, is_last=True)
+        self._events[-1] = replace(last, is_last=True, is_cut=is_cut)
         self._buffer = CALL_OPEN + self._buffer if reopens else self._buffer
         self._drops_newlines = True
         self._state = _State.CONTENT
@@ -241,7 +243,7 @@ class ToolCallParser:
         if self._state is _State.CONTENT:
             self._emit_content(self._buffer)
         else:
-            self._close_call()
+            self._close_call(is_cut=True)
         self._buffer = ""
 
     def _skip_to(self, *tags: str) -> str | None:
