@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import httpx
 import jsonschema_rs
 import openai
 import pytest
+from nextn.server import proving
+from nextn.text.grammar import regex_form
+from nextn.text.grammar_compiler import UnknownGrammar
 from pydantic import BaseModel, Field
 
-from tests.server.conftest import AppFactory
+from tests.server.conftest import App, AppFactory, wait_until
 from tests.server.processes import Launched, launched
+from tests.server.test_errors import check_error
 
 PARSERS = ("--tool-call-parser", "glm45", "--reasoning-parser", "glm45")
 HELLO: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -195,3 +202,60 @@ def test_a_request_that_asks_for_no_form_has_no_grammar(make_app: AppFactory) ->
         app.openai.chat.completions.create(**plain, **fields)
     app.openai.chat.completions.create(**plain, response_format={"type": "json_object"})
     assert [request.grammar is None for request in app.added] == [True] * 4 + [False]
+
+
+def completion(app: App, regex: str) -> httpx.Response:
+    return app.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "regex": regex})
+
+
+def test_grammars_that_wait_hold_up_nothing_else(make_app: AppFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proving, "MAX_WAITING", 40)  # more than the loop's own threads
+    monkeypatch.setattr(proving, "MAX_WAIT", 1000.0)
+    app = make_app(fresh=True)
+    assert completion(app, "known").status_code == 200
+    compiling = app.services.prover._lock
+    with ThreadPoolExecutor(41) as pool:
+        compiling.acquire()
+        try:
+            waiting = [pool.submit(completion, app, f"a{{{i}}}") for i in range(1, 42)]
+            wait_until(lambda: app.services.proving.num_waiting == 40)
+            check_error(completion(app, "b"), 429, None, "queue_full")
+            assert completion(app, "known").status_code == 200
+            assert app.http.post("/tokenize", json={"prompt": "x" * 20_000}).status_code == 200
+            chat = {"model": "demo", "messages": HELLO, "max_tokens": 2, "tools": [CLOCK]}
+            assert app.http.post("/v1/chat/completions", json=chat).status_code == 200
+        finally:
+            compiling.release()
+        assert {answer.result().status_code for answer in waiting} == {200}
+
+
+def test_who_waits_too_long_for_a_grammar_is_told_to_come_again(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proving, "MAX_WAIT", 0.01)
+    app = make_app(fresh=True)
+    with ThreadPoolExecutor(1) as pool:
+        with app.services.prover._lock:
+            first = pool.submit(completion, app, "a")
+            wait_until(app.services.proving._turn.locked)
+            check_error(completion(app, "b"), 429, None, "queue_full")
+        assert first.result().status_code == 200
+
+
+def test_a_grammar_whose_client_has_left_is_not_compiled(make_app: AppFactory) -> None:
+    app = make_app(fresh=True)
+    grammar = regex_form("left", "regex", str).as_grammar()
+    body = json.dumps({"prompt": "x", "regex": "left"}).encode()
+    with ThreadPoolExecutor(1) as pool:
+        with app.services.prover._lock:
+            first = pool.submit(completion, app, "a")
+            wait_until(app.services.proving._turn.locked)
+            with socket.create_connection(("127.0.0.1", httpx.URL(app.url).port or 0)) as client:
+                client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+                client.sendall(body)
+                wait_until(lambda: app.services.proving.num_waiting == 1)
+            assert app.http.get("/v1/models").status_code == 200  # by now the server knows
+        assert first.result().status_code == 200
+    assert completion(app, "b").status_code == 200
+    with pytest.raises(UnknownGrammar):
+        app.services.recall_grammar(grammar)

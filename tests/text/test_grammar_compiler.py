@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -10,8 +12,8 @@ import pytest
 from nextn.demo import checkpoint_dir
 from nextn.errors import RequestError
 from nextn.text import grammar_compiler
-from nextn.text.grammar import ebnf_form, json_form, regex_form
-from nextn.text.grammar_compiler import GrammarProver
+from nextn.text.grammar import Form, ebnf_form, json_form, regex_form
+from nextn.text.grammar_compiler import GrammarProver, UnknownGrammar
 
 EOS = [2528, 2535]
 
@@ -46,6 +48,27 @@ def test_what_crashes_or_hangs_the_compiler_is_refused_in_time(
         json_form({"type": "object"}, "schema", check)
     with pytest.raises(RequestError):
         json_form({"type": "integer", "multipleOf": 999983}, "schema", check)
+
+
+def test_what_was_refused_is_refused_again_without_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(checkpoint_dir() / "tokenizer.json", tmp_path)
+    prover = GrammarProver(tmp_path)
+    bad, wrong = (Form({"lark_grammar": lark}).as_grammar() for lark in (_deep(7000), "start: other"))
+    monkeypatch.setattr(grammar_compiler, "SECONDS_OF_DISTRUST", 0.0)
+    with pytest.raises(RequestError):
+        prover.check(wrong, 2560, EOS)
+    for grammar in (bad, wrong):
+        with pytest.raises(UnknownGrammar):
+            prover.recall(grammar, 2560, EOS)
+    monkeypatch.setattr(grammar_compiler, "SECONDS_OF_DISTRUST", 1000.0)
+    with pytest.raises(RequestError) as first:
+        prover.check(bad, 2560, EOS)
+    (tmp_path / "tokenizer.json").unlink()  # no process can start any more
+    for ask in (prover.check, prover.recall):
+        with pytest.raises(RequestError, match=re.escape(str(first.value))):
+            ask(bad, 2560, EOS)
 
 
 @pytest.mark.parametrize("nothing", ["root ::= root", "start: s\ns: s"])

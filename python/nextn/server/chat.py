@@ -36,7 +36,7 @@ def router(services: Services) -> APIRouter:
         check_supported(asked)
         services.engine.require_ready()
         tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
-        plan = await plan_chat(services, asked, tools, len(body))
+        plan = await plan_chat(services, asked, tools, len(body), request.is_disconnected)
         prompt = plan.prompts[0].text or ""
         writers = [ChatWriter(services, asked, tools, prompt) for _ in range(plan.n)]
         if asked.stream:

@@ -13,6 +13,7 @@ from nextn.server.grammar import chat_grammar
 from nextn.server.openai_request import agreed, check_common
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import maybe_in_thread
+from nextn.server.proving import IsGone
 from nextn.server.requests import ChatRequest, ContentPart, Message
 from nextn.server.services import Services
 from nextn.server.thinking import thinking_variables
@@ -53,14 +54,16 @@ def check_supported(asked: ChatRequest) -> None:
     validate_tools(asked.tools or ())
 
 
-async def plan_chat(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int) -> Plan:
+async def plan_chat(
+    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int, is_gone: IsGone
+) -> Plan:
     """Render the messages and check every limit.
 
     tools: those that the model is told of
     size: bytes of the request, which tell how long rendering may take
     """
     prompt = await _render(services, asked, tools, size)
-    grammar = await chat_grammar(services, asked, tools, prompt.text or "")
+    grammar = await chat_grammar(services, asked, tools, prompt.text or "", is_gone)
     _, rid = agreed({"rid": asked.rid, "request_id": asked.request_id}) or ("", services.new_id("chatcmpl"))
     most = agreed({"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens})
     wish = Wish(

@@ -23,6 +23,7 @@ from nextn.server.openai_request import check_common
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import read_prompts
+from nextn.server.proving import IsGone
 from nextn.server.requests import CompletionRequest, StreamOptions
 from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.services import Services
@@ -43,7 +44,7 @@ def router(services: Services) -> APIRouter:
         _refuse_unsupported(asked)
         services.engine.require_ready()
         services.require_tokenizer()
-        plan = await _plan(services, asked)
+        plan = await _plan(services, asked, request.is_disconnected)
         if asked.stream:
             return EventStream(_stream(services, asked, plan), services.metrics.count_abort)
         return JsonReply(_collect(services, asked, plan), services.metrics.count_abort)
@@ -59,7 +60,7 @@ def _refuse_unsupported(asked: CompletionRequest) -> None:
         raise unsupported("'best_of' is supported only where it equals 'n'.", "best_of")
 
 
-async def _plan(services: Services, asked: CompletionRequest) -> Plan:
+async def _plan(services: Services, asked: CompletionRequest, is_gone: IsGone) -> Plan:
     prompts = await read_prompts(services, asked.prompt, "prompt")
     rid = asked.rid or services.new_id("cmpl")
     wish = Wish(
@@ -68,7 +69,7 @@ async def _plan(services: Services, asked: CompletionRequest) -> Plan:
         min_tokens=asked.min_tokens,
         seed=asked.seed,
         default_max_tokens=DEFAULT_MAX_TOKENS,
-        grammar=await own_grammar(services, asked),
+        grammar=await own_grammar(services, asked, is_gone),
     )
     options = Options(
         rid=rid,

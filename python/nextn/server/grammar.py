@@ -3,66 +3,82 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from nextn.server.chat_text import separates_reasoning
 from nextn.server.decoding import check_depth
 from nextn.server.errors import invalid, unsupported
+from nextn.server.proving import IsGone
 from nextn.server.requests import ChatRequest, NamedTool, SamplingFields
 from nextn.server.services import Services
-from nextn.text.grammar import Form, Reasoning, Tags, ebnf_form, json_form, regex_form, whole_output
+from nextn.text.grammar import Check, Form, Reasoning, Tags, ebnf_form, json_form, regex_form, whole_output
+from nextn.text.grammar_compiler import UnknownGrammar
 from nextn.text.tool_grammar import ToolGrammar
+
+T = TypeVar("T")
 
 ANY_OBJECT = {"type": "object"}
 OWN_FIELDS = ("json_schema", "regex", "ebnf")
 
 
-async def own_grammar(services: Services, fields: SamplingFields, prefix: str = "") -> str | None:
+async def own_grammar(services: Services, fields: SamplingFields, is_gone: IsGone, prefix: str = "") -> str | None:
     """The grammar of an output that is nothing but what the sampling fields ask for; None if they do not.
 
     prefix: where the fields stand in the body
-    Raises ApiError 400 or RequestError, naming the field.
+    Raises ApiError 400 or RequestError, naming the field, and what ``ProvingLine.run`` raises.
     """
     if all(getattr(fields, name) is None for name in OWN_FIELDS):
         return None
     _check(services, fields, prefix)
-    form = await asyncio.to_thread(_form, services, fields, prefix)
+    form = await _proven(services, lambda check: _form(fields, prefix, check), is_gone)
     return None if form is None else form.as_grammar()
 
 
 async def chat_grammar(
-    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str
+    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str, is_gone: IsGone
 ) -> str | None:
     """The grammar of a chat answer, its reasoning included; None if any text will do.
 
     tools: those that the model is told of
     prompt: the rendered prompt, whose end tells where reasoning may stand
-    Raises ApiError 400 or RequestError, naming the field.
+    Raises ApiError 400 or RequestError, naming the field, and what ``ProvingLine.run`` raises.
     """
-    if not tools and not _asks_for_form(asked):
-        _forced(asked, {})
-        return None
-    return await asyncio.to_thread(_chat_grammar, services, asked, tools, prompt)
-
-
-def _chat_grammar(
-    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str
-) -> str | None:
     offered = dict(enumerate(tools or ()))
     forced = _forced(asked, offered)
     is_strict = any(tool["function"].get("strict") for tool in offered.values())
     if not forced and not is_strict and not _asks_for_form(asked):
         return None
     _check(services, asked, "")
-    form = _response_form(services, asked)
+    return await _proven(
+        services, lambda check: _chat_grammar(services, asked, offered, forced, prompt, check), is_gone
+    )
+
+
+async def _proven(services: Services, make: Callable[[Check], T], is_gone: IsGone) -> T:
+    """What ``make`` builds of grammars that it has checked: at once where they are known, else when its turn comes."""
+    try:
+        return await asyncio.to_thread(make, services.recall_grammar)
+    except UnknownGrammar:
+        return await services.proving.run(lambda: make(services.check_grammar), is_gone)
+
+
+def _chat_grammar(
+    services: Services,
+    asked: ChatRequest,
+    offered: dict[int, dict[str, Any]],
+    forced: dict[int, dict[str, Any]],
+    prompt: str,
+    check: Check,
+) -> str:
+    form = _response_form(asked, check)
     if forced and form is not None:
         message = "'tool_choice' asks for a call, and something else for another form of the answer; send one of them."
         raise invalid(message, "tool_choice", "invalid_value")
     tags = Tags(services.require_tokenizer())
     reasoning = Reasoning.after(prompt) if separates_reasoning(services, asked) else Reasoning.NONE
-    check = services.check_grammar
     calls = ToolGrammar(forced or offered, tags, check, enforce_all=bool(forced)) if offered else None
     parts = {} if calls is None else calls.parts
     rules = "" if calls is None else calls.rules
@@ -90,31 +106,31 @@ def _check(services: Services, fields: SamplingFields, prefix: str) -> None:
         raise invalid(message, f"{prefix}ignore_eos", "invalid_value")
 
 
-def _response_form(services: Services, asked: ChatRequest) -> Form | None:
-    own, form = _form(services, asked, ""), asked.response_format
+def _response_form(asked: ChatRequest, check: Check) -> Form | None:
+    own, form = _form(asked, "", check), asked.response_format
     if form is None or form.type == "text":
         return own
     if own is not None:
         raise invalid("'response_format' and a grammar contradict each other; send one of them.", "response_format")
     if form.json_schema is None:
-        return json_form(ANY_OBJECT, "response_format", services.check_grammar)
+        return json_form(ANY_OBJECT, "response_format", check)
     check_depth(form.json_schema.schema, "response_format.json_schema.schema")
     schema = form.json_schema.schema
     param = "response_format.json_schema.schema"
-    return json_form(ANY_OBJECT if schema is None else schema, param, services.check_grammar)
+    return json_form(ANY_OBJECT if schema is None else schema, param, check)
 
 
-def _form(services: Services, fields: SamplingFields, prefix: str) -> Form | None:
+def _form(fields: SamplingFields, prefix: str, check: Check) -> Form | None:
     names = [name for name in OWN_FIELDS if getattr(fields, name) is not None]
     if len(names) > 1:
         message = f"'{prefix}{names[0]}' and '{prefix}{names[1]}' contradict each other; send one of them."
         raise invalid(message, f"{prefix}{names[0]}", "invalid_value")
     if fields.json_schema is not None:
         param = f"{prefix}json_schema"
-        return json_form(_schema(fields.json_schema, param), param, services.check_grammar)
+        return json_form(_schema(fields.json_schema, param), param, check)
     if fields.regex is not None:
-        return regex_form(fields.regex, f"{prefix}regex", services.check_grammar)
-    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf", services.check_grammar)
+        return regex_form(fields.regex, f"{prefix}regex", check)
+    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf", check)
 
 
 def _schema(given: str | dict[str, Any] | bool, param: str) -> dict[str, Any] | bool:

@@ -21,6 +21,7 @@ from nextn.server.logprobs import TokenText, native_logprobs, native_top_logprob
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import maybe_in_thread, read_prompts
+from nextn.server.proving import IsGone
 from nextn.server.requests import DetokenizeRequest, GenerateRequest, NativeSampling, TokenizeRequest
 from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.sampling import check_token_ids
@@ -42,7 +43,7 @@ def router(services: Services) -> APIRouter:
     async def post_generate(request: Request) -> Response:
         asked = decode(await read_body(request, max_bytes), _GENERATE)
         services.engine.require_ready()
-        plan, is_single = await _plan(services, asked)
+        plan, is_single = await _plan(services, asked, request.is_disconnected)
         if asked.stream:
             return EventStream(_stream(services, asked, plan, is_single), services.metrics.count_abort)
         return JsonReply(_collect(services, asked, plan, is_single), services.metrics.count_abort)
@@ -94,7 +95,7 @@ def _token_batches(tokens: Sequence[int | list[int]]) -> tuple[list[list[int]], 
     return (lists, False) if lists else ([flat], True)
 
 
-async def _plan(services: Services, asked: GenerateRequest) -> tuple[Plan, bool]:
+async def _plan(services: Services, asked: GenerateRequest, is_gone: IsGone) -> tuple[Plan, bool]:
     """Check the request against every limit; also says whether one object answers it."""
     if (asked.text is None) == (asked.input_ids is None):
         raise invalid("Give exactly one of 'text' and 'input_ids'.", "text", "invalid_value")
@@ -117,7 +118,7 @@ async def _plan(services: Services, asked: GenerateRequest) -> tuple[Plan, bool]
         prompt_logprobs_start=start if wants_logprobs and start >= 0 else None,
     )
     different = params if isinstance(asked.sampling_params, list) else params[:1]
-    grammars = [await own_grammar(services, one, "sampling_params.") for one in different]
+    grammars = [await own_grammar(services, one, is_gone, "sampling_params.") for one in different]
     wishes = [_wish(one, grammars[i % len(grammars)], param) for i, one in enumerate(params)]
     return make_plan(services, prompts, wishes, options), not is_batch and options.n == 1
 

@@ -10,6 +10,7 @@ from nextn.config.server_args import ServerArgs
 from nextn.server.engine_client import EngineClient
 from nextn.server.errors import ApiError, model_not_found
 from nextn.server.metrics import Metrics
+from nextn.server.proving import ProvingLine
 from nextn.server.sampling import SamplingDefaults
 from nextn.text.grammar_compiler import GrammarProver
 from nextn.text.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ class Services:
 
     tokenizer: None under --skip-tokenizer-init: token ids in and out only
     prover: tries grammars before the engine gets them
+    proving: where what the prover has to compile waits
     defaults: sampling parameters for requests that do not say
     """
 
@@ -31,6 +33,7 @@ class Services:
     metrics: Metrics
     tokenizer: Tokenizer | None
     prover: GrammarProver
+    proving: ProvingLine = field(default_factory=ProvingLine)
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
@@ -49,6 +52,11 @@ class Services:
         """Raises RequestError where the engine could not hold an output to it."""
         ready = self.engine.require_ready()
         self.prover.check(grammar, ready.vocab_size, ready.eos_token_ids)
+
+    def recall_grammar(self, grammar: str) -> None:
+        """``check_grammar`` without waiting for anything. Raises UnknownGrammar where it has to be compiled first."""
+        ready = self.engine.require_ready()
+        self.prover.recall(grammar, ready.vocab_size, ready.eos_token_ids)
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served; a request may leave the name out."""

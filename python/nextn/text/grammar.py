@@ -81,35 +81,40 @@ def json_form(schema: Mapping[str, Any] | bool, param: str, check: Check) -> For
     if OPTIONS in plain:
         raise RequestError(f"{param}: {OPTIONS!r} is not for clients to set; leave it out", param, "invalid_value")
     try:
-        given = json.dumps(schema)
+        _check_len(json.dumps(schema), param)
     except (TypeError, ValueError) as error:
         raise RequestError(f"{param}: {error}", param, "invalid_value") from None
     form = Form({"json_schema": {OPTIONS: {"whitespace_pattern": WHITESPACE}, **plain}})
-    return _checked(form, given, param, check)
+    return _checked(form, param, check)
 
 
 def regex_form(pattern: str, param: str, check: Check) -> Form:
     """Text that a regular expression matches whole. Raises RequestError where it is none."""
+    _check_len(pattern, param)
     try:
         lark = regex_to_lark(pattern)
     except ValueError as error:  # half a surrogate pair
         raise RequestError(f"{param}: {error}", param, "invalid_value") from None
-    return _checked(Form({"lark_grammar": f"{HEAD}start: /{lark}/"}), pattern, param, check)
+    return _checked(Form({"lark_grammar": f"{HEAD}start: /{lark}/"}), param, check)
 
 
 def ebnf_form(text: str, param: str, check: Check) -> Form:
     """Text of a context-free grammar, written as for llama.cpp (GBNF) or Lark. Raises RequestError where it is none."""
+    _check_len(text, param)
     try:
         lark = any_to_lark(text)
     except Exception as error:  # whatever its parser stumbles over
         raise RequestError(f"{param}: {error}", param, "invalid_value") from None
-    return _checked(Form({"lark_grammar": lark}), text, param, check)
+    return _checked(Form({"lark_grammar": lark}), param, check)
 
 
-def _checked(form: Form, given: str, param: str, check: Check) -> Form:
+def _check_len(given: str, param: str) -> None:
     if len(given) > MAX_GRAMMAR_LEN:
         message = f"{param}: found {len(given)} characters, expected at most {MAX_GRAMMAR_LEN}"
         raise RequestError(message, param, "invalid_value")
+
+
+def _checked(form: Form, param: str, check: Check) -> Form:
     try:
         check(form.as_grammar())
     except RequestError as error:

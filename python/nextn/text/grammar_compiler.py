@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -28,8 +28,15 @@ MAX_MEMORY = 8 << 30
 """Bytes of address space of the process."""
 
 MAX_COMPLAINT_LEN = 300
-NUM_PROVEN = 256
-"""Grammars that are known to be good."""
+NUM_VERDICTS = 256
+"""Grammars of which is known whether they are good."""
+
+SECONDS_OF_DISTRUST = 60.0
+"""How long a bad one is not tried again; a busy machine may have been the reason."""
+
+
+_Question = tuple[str, int, tuple[int, ...]]
+"""A grammar, and the vocabulary's size and end tokens."""
 
 
 def read_vocabulary(folder: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
@@ -61,6 +68,10 @@ def short_error(matcher: LLMatcher) -> str:
     return matcher.get_error().partition("<state>")[0].strip()[:MAX_COMPLAINT_LEN]
 
 
+class UnknownGrammar(Exception):
+    """Whether a grammar is good is not known before it is compiled."""
+
+
 class GrammarProver:
     """Compiles grammars in a process that may be lost. Started when first asked; threads may share it.
 
@@ -71,17 +82,38 @@ class GrammarProver:
         self._folder = str(folder)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._proven = lru_cache(maxsize=NUM_PROVEN)(self._prove)
+        self._verdicts: dict[_Question, tuple[str, float]] = {}  # what is wrong, and until when that is held to be so
 
     def check(self, grammar: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Raises RequestError where the engine could not compile the grammar, or not in time."""
-        self._proven(grammar, vocab_size, tuple(eos_token_ids))
-
-    def _prove(self, grammar: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        question = (grammar, vocab_size, tuple(eos_token_ids))
         with self._lock:
-            complaint = self._ask(grammar, [self._folder, str(vocab_size), *map(str, eos_token_ids)])
+            complaint = self._known(question)
+            if complaint is None:
+                complaint = self._ask(grammar, [self._folder, str(vocab_size), *map(str, eos_token_ids)])
+                self._remember(question, complaint)
         if complaint:
             raise RequestError(complaint)
+
+    def recall(self, grammar: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """``check`` where the answer is known, at once. Raises UnknownGrammar where it is not."""
+        complaint = self._known((grammar, vocab_size, tuple(eos_token_ids)))
+        if complaint is None:
+            raise UnknownGrammar
+        if complaint:
+            raise RequestError(complaint)
+
+    def _known(self, question: _Question) -> str | None:
+        """What is wrong with a grammar that was asked about, nothing where it is well; None where it was not asked."""
+        complaint, until = self._verdicts.get(question, ("", 0.0))
+        return complaint if time.monotonic() < until else None
+
+    def _remember(self, question: _Question, complaint: str) -> None:
+        self._verdicts.pop(question, None)
+        if len(self._verdicts) >= NUM_VERDICTS:
+            del self._verdicts[next(iter(self._verdicts))]
+        until = time.monotonic() + SECONDS_OF_DISTRUST if complaint else float("inf")
+        self._verdicts[question] = (complaint, until)
 
     def _ask(self, grammar: str, vocabulary: list[str]) -> str:
         """What is wrong with a grammar; nothing where it is well."""
