@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from nextn.server import chat_request
 from nextn.server.http_protocol import MAX_HEADER_BYTES
 
 from tests.server.conftest import MODEL, App, AppFactory
@@ -126,7 +128,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"priority": 2**40}, "priority"),
     (COMPLETIONS, {"cache_salt": "x" * 300}, "cache_salt"),
     (COMPLETIONS, {"rid": ""}, "rid"),
-    (COMPLETIONS, {"metadata": nested(80)}, "metadata"),
+    (COMPLETIONS, {"metadata": {"a": ["b"]}}, "metadata[...]"),
+    (COMPLETIONS, {"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
     (COMPLETIONS, {"no_such_field": 1}, "no_such_field"),
     (COMPLETIONS, {"max_new_tokens": 4}, "max_new_tokens"),
     (CHAT, {"messages": []}, "messages"),
@@ -200,6 +203,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"tools": [UNIQUE]}, "tools[0].function.parameters.properties.ids"),
     (CHAT, {"tools": "f"}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(80)}}]}, "tools"),
+    (CHAT, {"tools": [{**TOOL, "x": [0] * 200_000}]}, "tools"),
     (CHAT, {"chat_template_kwargs": {"evil": 1}}, "chat_template_kwargs.evil"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": "yes"}}, "chat_template_kwargs.enable_thinking"),
     (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
@@ -213,7 +217,6 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"reasoning_effort": {"effort": "low"}}, "reasoning_effort"),
     (CHAT, {"service_tier": "flex"}, "service_tier"),
     (CHAT, {"store": True}, "store"),
-    (CHAT, {"metadata": nested(80)}, "metadata"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
     (CHAT, {"modalities": []}, "modalities"),
     (CHAT, {"request_id": ""}, "request_id"),
@@ -251,6 +254,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (GENERATE, {"stream_options": {}}, "stream_options"),
     ("/tokenize", {"prompt": 5}, "prompt"),
     ("/tokenize", {"prompt": "x", "extra": 1}, "extra"),
+    ("/tokenize", {"prompt": ["x"] * 1025}, "prompt"),
+    ("/detokenize", {"tokens": [[1]] * 1025}, "tokens"),
     ("/detokenize", {"tokens": "x"}, "tokens"),
     ("/detokenize", {"tokens": [1, [2]]}, "tokens"),
     ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),
@@ -316,6 +321,45 @@ def test_a_prompt_over_the_context_is_context_length_exceeded(app: App, path: st
 def test_a_chat_prompt_plus_max_tokens_over_the_context_is_context_length_exceeded(app: App) -> None:
     response = app.http.post(CHAT, json={"messages": HELLO, "max_tokens": CONTEXT_LENGTH})
     check_error(response, 400, "messages", "context_length_exceeded")
+
+
+CALL = {"function": {"name": "f", "arguments": "not read"}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (HELLO * (CONTEXT_LENGTH + 1), "messages"),
+        ([*HELLO, {"role": "user", "content": [{"type": "text"}] * CONTEXT_LENGTH}], "messages[1].content"),
+        ([*HELLO, {"role": "assistant", "tool_calls": [CALL] * CONTEXT_LENGTH}], "messages[1].tool_calls"),
+    ],
+    ids=["messages", "parts", "calls"],
+)
+def test_more_messages_than_the_context_has_tokens_are_not_even_read(
+    app: App, monkeypatch: pytest.MonkeyPatch, messages: list[Any], param: str
+) -> None:
+    monkeypatch.setattr(chat_request, "_message", None)
+    response = app.http.post(CHAT, json={"messages": messages})
+    check_error(response, 400, param, "context_length_exceeded")
+    assert f" {CONTEXT_LENGTH} tokens" in response.json()["error"]["message"]
+
+
+def test_more_token_ids_than_the_context_has_are_not_even_read(app: App) -> None:
+    ids = [VOCAB_SIZE] * (CONTEXT_LENGTH + 1)
+    check_error(app.http.post(COMPLETIONS, json={"prompt": ids}), 400, "prompt", "context_length_exceeded")
+
+
+def test_a_long_conversation_is_read_in_a_thread(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, loops = chat_request._message, []
+
+    def watched(message: Any, where: str) -> Any:
+        loops.append(asyncio._get_running_loop())
+        return read(message, where)
+
+    monkeypatch.setattr(chat_request, "_message", watched)
+    messages = [{"role": "user", "content": "hello " * 50}] * 100
+    assert app.http.post(CHAT, json={"messages": messages}).json()["error"]["param"] == "messages"
+    assert loops == [None] * 100
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize"])

@@ -14,7 +14,8 @@ from nextn.server.openai_request import agreed, check_common
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import maybe_in_thread
 from nextn.server.proving import IsGone
-from nextn.server.requests import ChatRequest, ContentPart, Message
+from nextn.server.requests import ChatRequest, ContentPart, Message, is_given
+from nextn.server.sampling import context_limit
 from nextn.server.services import Services
 from nextn.server.thinking import thinking_variables
 from nextn.text.tool_validation import validate_tools
@@ -34,7 +35,7 @@ def check_supported(asked: ChatRequest) -> None:
     """Refuse what is known and not served, and combinations that mean nothing."""
     check_common(asked)
     for name, instead in INSTEAD.items():
-        if getattr(asked, name) is not None:
+        if is_given(getattr(asked, name)):
             raise unsupported(f"'{name}' is not supported: {instead}.", name)
     if asked.modalities not in (None, ["text"]):
         raise unsupported("'modalities' is supported as [\"text\"] only.", "modalities")
@@ -91,15 +92,33 @@ async def plan_chat(
 async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int) -> Prompt:
     if not asked.messages:
         raise invalid("'messages' is empty; give at least one.", "messages", "invalid_value")
-    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(asked.messages)]
+    _check_numbers(asked.messages, context_limit(services.engine.require_ready()))
     tokenizer = services.require_tokenizer()
     variables = thinking_variables(asked, tokenizer)
 
     def render() -> Prompt:
+        messages = [_message(message, f"messages[{index}]") for index, message in enumerate(asked.messages)]
         text = tokenizer.apply_chat_template(messages, tools, **variables)
         return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=False), text=text)
 
     return await maybe_in_thread(size, render)
+
+
+def _check_numbers(messages: list[Message], most: int) -> None:
+    """Refuse at once what cannot fit into a context of ``most`` tokens: each message, part and call takes one."""
+    num_found = len(messages)
+    _check_number(num_found, most, "messages")
+    for index, message in enumerate(messages):
+        for name, items in (("content", message.content), ("tool_calls", message.tool_calls)):
+            if isinstance(items, list):
+                num_found += len(items)
+                _check_number(num_found, most, f"messages[{index}].{name}")
+
+
+def _check_number(num_found: int, most: int, where: str) -> None:
+    if num_found > most:
+        message = f"Up to '{where}' there are {num_found} messages, parts and calls; the context has {most} tokens."
+        raise invalid(message, where, "context_length_exceeded")
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:

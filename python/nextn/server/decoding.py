@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 MAX_DEPTH = 64
 """Levels of nesting in free-form JSON: deeper than any tool's schema, far from recursion limits."""
+
+MAX_VALUES = 100_000
+"""Values in it: to walk them takes a fraction of a second."""
 
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$?(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
@@ -50,19 +54,25 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def check_depth(value: Any, param: str) -> None:
-    """Refuse free-form JSON that recursive code further down (templates, encoders) could not walk."""
-    level = [value]
+    """Refuse free-form JSON that code further down (templates, encoders) could not walk, or not soon."""
+    level, num_values = _containers([value]), 0
     for _ in range(MAX_DEPTH):
-        level = [child for item in level for child in _children(item)]
         if not level:
             return
-    raise invalid(f"'{param}' is nested more than {MAX_DEPTH} levels deep.", param)
+        num_values += sum(map(len, level))
+        if num_values > MAX_VALUES:
+            raise invalid(f"'{param}' has {num_values} values or more; at most {MAX_VALUES} are accepted.", param)
+        level = _containers(child for item in level for child in _children(item))
+    if level:
+        raise invalid(f"'{param}' is nested more than {MAX_DEPTH} levels deep.", param)
 
 
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+def _containers(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
+    return [value for value in values if isinstance(value, dict | list)]
+
+
+def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _from_validation(text: str) -> ApiError:

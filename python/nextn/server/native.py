@@ -20,11 +20,11 @@ from nextn.server.grammar import own_grammar
 from nextn.server.logprobs import TokenText, native_logprobs, native_top_logprobs
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
-from nextn.server.prompts import maybe_in_thread, read_prompts
+from nextn.server.prompts import MAX_BATCH, maybe_in_thread, read_prompts
 from nextn.server.proving import IsGone
 from nextn.server.requests import DetokenizeRequest, GenerateRequest, NativeSampling, TokenizeRequest
 from nextn.server.responses import EventStream, JsonReply, sse
-from nextn.server.sampling import check_token_ids
+from nextn.server.sampling import check_count, check_token_ids
 from nextn.server.services import Services
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -54,16 +54,22 @@ def router(services: Services) -> APIRouter:
         services.check_model(asked.model)
         ready = services.engine.require_ready()
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        check_count(texts, MAX_BATCH, "prompt")
         add_special = asked.add_special_tokens is not False
         tokenizer = services.require_tokenizer()
-        found = await maybe_in_thread(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts, add_special))
-        single = isinstance(asked.prompt, str)
-        answer = {
-            "tokens": found[0] if single else found,
-            "count": len(found[0]) if single else [len(ids) for ids in found],
-            "max_model_len": ready.context_length,
-        }
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+        def tokenized() -> bytes:
+            found = tokenizer.encode_batch(texts, add_special)
+            single = isinstance(asked.prompt, str)
+            answer = {
+                "tokens": found[0] if single else found,
+                "count": len(found[0]) if single else [len(ids) for ids in found],
+                "max_model_len": ready.context_length,
+            }
+            return msgspec.json.encode(answer)
+
+        answer = await maybe_in_thread(sum(map(len, texts)), tokenized)
+        return Response(answer, media_type="application/json")
 
     @routes.post("/detokenize", **documented(DetokenizeRequest, 404))
     async def detokenize(request: Request) -> Response:
@@ -73,15 +79,15 @@ def router(services: Services) -> APIRouter:
         tokenizer, vocab_size = services.require_tokenizer(), services.engine.require_ready().vocab_size
         skip = asked.skip_special_tokens is not False
 
-        def detokenized() -> str | list[str]:
+        def detokenized() -> bytes:
             batch, is_single = _token_batches(asked.tokens)
             for ids in batch:
                 check_token_ids(ids, vocab_size, "tokens")
             texts = tokenizer.decode_batch(batch, skip)
-            return texts[0] if is_single else texts
+            return msgspec.json.encode({"text": texts[0] if is_single else texts})
 
-        answer = {"text": await maybe_in_thread(len(body), detokenized)}
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        answer = await maybe_in_thread(len(body), detokenized)
+        return Response(answer, media_type="application/json")
 
     return routes
 
@@ -92,6 +98,7 @@ def _token_batches(tokens: Sequence[int | list[int]]) -> tuple[list[list[int]], 
     lists = [item for item in tokens if not isinstance(item, int)]
     if flat and lists:
         raise invalid("'tokens' mixes ids and lists of ids.", "tokens", "invalid_value")
+    check_count(lists, MAX_BATCH, "tokens")
     return (lists, False) if lists else ([flat], True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from nextn.server.decoding import check_depth
 from nextn.server.errors import invalid, unsupported
 from nextn.server.requests import OpenAIRequest
 
@@ -14,7 +13,6 @@ T = TypeVar("T")
 
 def check_common(asked: OpenAIRequest) -> None:
     """Refuse what no OpenAI endpoint of this server does."""
-    check_depth(asked.metadata, "metadata")
     if asked.store:
         raise unsupported("'store' is not supported: this server keeps no answers; leave it out.", "store")
     if asked.service_tier not in (None, "auto", "default"):

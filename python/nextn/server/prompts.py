@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from nextn.server.errors import invalid
 from nextn.server.generating import Prompt
-from nextn.server.sampling import check_count, check_token_ids
+from nextn.server.sampling import check_count, check_token_ids, context_limit, over_context
 from nextn.server.services import Services
 
 T = TypeVar("T")
@@ -31,6 +31,9 @@ async def read_prompts(services: Services, given: str | Sequence[str | int | lis
         return await _from_texts(services, [given])
     if not given:
         raise invalid(f"'{param}' is empty; give at least one prompt or token.", param, "invalid_value")
+    limit = context_limit(services.engine.require_ready())
+    if isinstance(given[0], int) and len(given) > limit:  # before anything looks at each of them
+        raise over_context(f"The prompt has {len(given)} tokens", limit, param)
     if all(isinstance(item, int) for item in given):
         return [_from_ids(services, [item for item in given if isinstance(item, int)], param)]
     check_count(given, MAX_BATCH, param)

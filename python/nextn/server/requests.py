@@ -14,6 +14,14 @@ TokenIds = list[TokenId]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Rid = Annotated[str, Meta(min_length=1, max_length=256)]
 
+Unread = msgspec.Raw
+"""Any JSON, of which nothing is made: it may be large, and nothing needs what it says."""
+
+
+def is_given(value: Unread) -> bool:
+    """Whether a request has the field, with anything but null."""
+    return bytes(value) not in (b"", b"null")
+
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     pass
@@ -73,7 +81,7 @@ class OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     rid: Rid | None = None
     return_spec_steps: bool | None = None
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     store: bool | None = None
@@ -103,10 +111,10 @@ class ContentPart(_Strict, kw_only=True, frozen=True):
     type: str
     text: str | None = None
     cache_control: CacheControl | None = None
-    image_url: Any = None
-    video_url: Any = None
-    input_audio: Any = None
-    file: Any = None
+    image_url: Unread = msgspec.field(default_factory=Unread)
+    video_url: Unread = msgspec.field(default_factory=Unread)
+    input_audio: Unread = msgspec.field(default_factory=Unread)
+    file: Unread = msgspec.field(default_factory=Unread)
     refusal: str | None = None
 
 
@@ -136,7 +144,7 @@ class Message(_Strict, kw_only=True, frozen=True):
     tool_call_id: str | None = None
     name: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: Unread = msgspec.field(default_factory=Unread)
     audio: None = None
     function_call: None = None
 
@@ -205,12 +213,12 @@ class ChatRequest(OpenAIRequest, kw_only=True, frozen=True):
     user_id: str | None = None
     do_sample: bool | None = None
     tool_stream: bool | None = None
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    prediction: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
+    audio: Unread = msgspec.field(default_factory=Unread)
+    function_call: Unread = msgspec.field(default_factory=Unread)
+    functions: Unread = msgspec.field(default_factory=Unread)
+    prediction: Unread = msgspec.field(default_factory=Unread)
+    verbosity: Unread = msgspec.field(default_factory=Unread)
+    web_search_options: Unread = msgspec.field(default_factory=Unread)
 
 
 class NativeSampling(SamplingFields, kw_only=True, frozen=True):

@@ -63,10 +63,10 @@ def token_sampling(
 
     prefix: where the fields stand in the body, as ``sampling_params.``, for error messages
     """
-    check_token_ids(fields.stop_token_ids or (), vocab_size, f"{prefix}stop_token_ids")
-    check_token_ids(fields.logit_bias or (), vocab_size, f"{prefix}logit_bias")
     check_count(fields.stop_token_ids or (), MAX_STOP_TOKEN_IDS, f"{prefix}stop_token_ids")
     check_count(fields.logit_bias or (), MAX_LOGIT_BIAS, f"{prefix}logit_bias")
+    check_token_ids(fields.stop_token_ids or (), vocab_size, f"{prefix}stop_token_ids")
+    check_token_ids(fields.logit_bias or (), vocab_size, f"{prefix}logit_bias")
     return TokenSampling(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -112,11 +112,11 @@ def fit_output(num_prompt: int, asked: int | None, default: int | None, limit: i
     room = limit - num_prompt
     if asked is None:
         if room < 1:
-            raise _over_context(f"The prompt has {num_prompt} tokens", limit, prompt_param)
+            raise over_context(f"The prompt has {num_prompt} tokens", limit, prompt_param)
         return room if default is None else min(default, room)
     if max(asked, 1) > room:
         message = f"The prompt has {num_prompt} tokens and {asked} more were asked for"
-        raise _over_context(message, limit, prompt_param)
+        raise over_context(message, limit, prompt_param)
     return asked
 
 
@@ -134,5 +134,6 @@ def check_count(items: object, most: int, param: str) -> None:
         raise invalid(f"'{param}' has {count} entries; at most {most} are accepted.", param, "invalid_value")
 
 
-def _over_context(found: str, limit: int, param: str) -> ApiError:
+def over_context(found: str, limit: int, param: str) -> ApiError:
+    """400: what was found and asked for does not fit into the context."""
     return invalid(f"{found}, but the context is limited to {limit} tokens.", param, "context_length_exceeded")
