@@ -99,6 +99,15 @@ def test_a_batch_gives_a_list_with_the_parameters_of_each(app: App) -> None:
     assert (first["meta_info"]["id"], second["meta_info"]["id"]) == ("a", "b")
 
 
+def test_every_prompt_of_a_batch_keeps_its_stop_token_or_not(app: App) -> None:
+    app.engine.behaviour.script = [40]
+    end = {"max_new_tokens": 4, "skip_special_tokens": False}
+    params = [{**end, "no_stop_trim": keeps} for keeps in (True, False, True)]
+    answers = app.http.post("/generate", json={"input_ids": [[5], [6], [7]], "sampling_params": params}).json()
+    text = app.services.require_tokenizer().token_text
+    assert [answer["text"] for answer in answers] == [text(40) + text(EOS), text(40), text(40) + text(EOS)]
+
+
 def test_a_streamed_batch_says_which_prompt_each_event_belongs_to(app: App) -> None:
     body = {"input_ids": [[5, 6], [7]], "sampling_params": {"max_new_tokens": 6, "n": 2}, "stream": True}
     last = {event["index"]: event for event in events_of(app.http.post("/generate", json=body))}

@@ -29,7 +29,7 @@ class Plan:
 
     prompts, samplings, grammars, rids: one per prompt; each prompt has ``n`` choices, prompt after prompt
     make_assembler: the text side of one choice of the i-th prompt; gives None where there is no tokenizer
-    keep_stop_token: the text includes that of the token which ended it
+    keep_stop_tokens: one per prompt: whether the text includes that of the token which ended it
     discard_output: zero new tokens were asked for (prompt logprobs only): one is computed and dropped
     min_tokens_per_piece: gather that many tokens of a choice before looking at them
     """
@@ -41,7 +41,7 @@ class Plan:
     grammars: Sequence[str | None]
     make_assembler: Callable[[int], OutputAssembler | None]
     n: int
-    keep_stop_token: bool
+    keep_stop_tokens: Sequence[bool]
     discard_output: bool
     priority: int
     cache_salt: str
@@ -141,7 +141,8 @@ def _grow(choice: Choice, output: RequestOutput, plan: Plan) -> Piece:
     else:
         choice.finish(output.finish_reason, output.stop_token_id)
         if choice.assembler is not None:
-            shown = token_ids if output.stop_token_id is None or plan.keep_stop_token else token_ids[:-1]
+            keeps_all = output.stop_token_id is None or plan.keep_stop_tokens[choice.index // plan.n]
+            shown = token_ids if keeps_all else token_ids[:-1]
             delta = choice.assembler.push(shown, output.finish_reason is not None)
             text = delta.text
             if delta.stopped:

@@ -79,7 +79,7 @@ def make_plan(services: Services, prompts: Sequence[Prompt], wishes: Sequence[Wi
         make_assembler=lambda i: makers[i](),
         n=options.n,
         discard_output=discards == {True},
-        keep_stop_token=_keeps_stop(wishes[0].fields),
+        keep_stop_tokens=[_keeps_stop(wish.fields) for wish in wishes],
         priority=options.priority or 0,
         cache_salt=options.cache_salt or "",
         num_top_logprobs=options.num_top_logprobs,
