@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.server.conftest import MODEL, App, AppFactory
@@ -113,6 +115,24 @@ def test_logprobs_and_echo_cover_the_prompt(app: App) -> None:
     text = answer.choices[0].text
     for offset, token in zip(found.text_offset, found.tokens, strict=True):
         assert text[offset : offset + len(token)] == token
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_go_on_from_token_to_token_however_the_text_comes(app: App, echo: bool, stream: bool) -> None:
+    tokenizer = app.services.require_tokenizer()
+    app.engine.behaviour.script = tokenizer.encode("one 日本 two three four five")
+    app.engine.behaviour.tokens_per_step = 3
+    fields = {"model": MODEL, "prompt": "東 x", "max_tokens": 30, "logprobs": 0, "stop": "four", "echo": echo}
+    if stream:
+        chunks = list(app.openai.completions.create(**fields, stream=True))  # type: ignore[call-overload]
+    else:
+        chunks = [app.openai.completions.create(**fields)]  # type: ignore[call-overload]
+    found = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    tokens = [token for logprobs in found for token in logprobs.tokens]
+    ends = list(itertools.accumulate(map(len, tokens), initial=0))
+    assert [offset for logprobs in found for offset in logprobs.text_offset] == ends[:-1]
+    assert len(tokens) > 10
 
 
 def test_zero_tokens_with_echo_scores_the_prompt_alone(app: App) -> None:

@@ -85,7 +85,7 @@ async def _plan(services: Services, asked: CompletionRequest, is_gone: IsGone) -
 
 
 class _Writer:
-    """Turns pieces into choices of an answer; keeps where each choice's text ends, for the offsets of logprobs."""
+    """Turns pieces into choices of an answer; keeps where the texts of each choice's tokens end, for their offsets."""
 
     def __init__(self, services: Services, asked: CompletionRequest, plan: Plan) -> None:
         self._tokenizer = services.require_tokenizer()
@@ -99,17 +99,13 @@ class _Writer:
     def write(self, piece: Piece) -> CompletionChoice:
         choice = piece.choice
         echoed = self._prompt_text(choice) if piece.is_first and self._asked.echo else ""
-        text = echoed + piece.text
-        tokens = [*piece.prompt_logprobs, *piece.logprobs]
-        if self._asked.logprobs is None:
-            logprobs = None
-        else:
-            start = self._offsets[choice.index]
-            logprobs = self._logprobs(tokens, start if piece.prompt_logprobs else start + len(echoed))
-        self._offsets[choice.index] += len(text)
+        logprobs = None
+        if self._asked.logprobs is not None:
+            logprobs = self._logprobs([*piece.prompt_logprobs, *piece.logprobs], self._offsets[choice.index])
+            self._offsets[choice.index] += sum(map(len, logprobs["tokens"]))
         return CompletionChoice(
             index=choice.index,
-            text=text,
+            text=echoed + piece.text,
             logprobs=logprobs,
             finish_reason=choice.finish_reason,
             matched_stop=choice.matched,

@@ -37,7 +37,8 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """``choices[].logprobs`` of a text completion; ``first_offset`` is where the first token's text begins.
 
-    The chosen token is always among the top, as OpenAI has it.
+    Offsets are of the tokens' own texts, joined: the text of the answer is theirs where tokens are whole characters and
+    none is hidden. The chosen token is always among the top, as OpenAI has it.
     """
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     offset = first_offset
