@@ -60,6 +60,22 @@ def test_a_stop_string_in_mid_step_cuts_the_last_step(make_app: AppFactory, path
     assert all(accepted <= emitted for _, accepted, emitted in steps[0])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_usage_counts_the_drafts_of_the_steps_that_became_output(make_app: AppFactory, path: str, stream: bool) -> None:
+    app = make_app()
+    app.engine.behaviour.tokens_per_step = 40  # the stop string comes early in the only step
+    app.engine.behaviour.script = app.services.require_tokenizer().encode("one two three four five six seven eight")
+    body = {**ASKS[path], "max_tokens": 100, "stop": "two", "stream": stream}
+    if stream:
+        text = app.http.post(path, json={**body, "stream_options": {"include_usage": True}}).text
+        usage = json.loads(text.split("\n\n")[-3].removeprefix("data: "))["usage"]
+    else:
+        usage = app.http.post(path, json=body).json()["usage"]
+    details = usage["completion_tokens_details"]
+    assert usage["completion_tokens"] == details["accepted_prediction_tokens"] < len(app.engine.behaviour.script)
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_nobody_gets_steps_who_does_not_ask(app: App, path: str) -> None:
     for fields in ({}, {"return_spec_steps": False}, {"return_spec_steps": None}, {"stream": True}):

@@ -52,7 +52,10 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Choice:
-    """One choice as it grows: the totals that its answer needs at the end."""
+    """One choice as it grows: the totals that its answer needs at the end.
+
+    num_drafted, num_accepted: of the steps that became output, up to where it ends
+    """
 
     index: int
     rid: str
@@ -67,12 +70,12 @@ class Choice:
     matched: int | str | None = None
     has_begun: bool = False
 
-    def count(self, output: RequestOutput, num_new: int) -> None:
-        """Take over the engine's totals; ``num_new`` of the output's tokens belong to the answer."""
+    def count(self, output: RequestOutput, num_new: int, steps: Sequence[SpecStep]) -> None:
+        """Add an output of which ``num_new`` tokens belong to the answer, which ``steps`` gave."""
         self.num_tokens += num_new
         self.cached_tokens = output.cached_tokens
-        self.num_drafted = output.num_drafted
-        self.num_accepted = output.num_accepted
+        self.num_drafted += sum(step.num_drafted for step in steps)
+        self.num_accepted += sum(step.num_accepted for step in steps)
         self.spec_verify_ct = output.spec_verify_ct
         self.has_begun = True
 
@@ -148,14 +151,15 @@ def _grow(choice: Choice, output: RequestOutput, plan: Plan) -> Piece:
             if delta.stopped:
                 token_ids = token_ids[: delta.num_tokens]
                 choice.finish("stop", delta.stop)
-    choice.count(output, len(token_ids))
+    steps = first_steps(output.spec_steps, len(token_ids))
+    choice.count(output, len(token_ids), steps)
     return Piece(
         choice=choice,
         text=text,
         token_ids=token_ids,
         logprobs=(output.logprobs or [])[: len(token_ids)],
         prompt_logprobs=output.prompt_logprobs or [],
-        spec_steps=first_steps(output.spec_steps, len(token_ids)),
+        spec_steps=steps,
         is_first=is_first,
     )
 
