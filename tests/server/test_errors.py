@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 from nextn.server import chat_request
+from nextn.server.errors import MAX_MESSAGE_LEN, MAX_PARAM_LEN, invalid
 from nextn.server.http_protocol import MAX_HEADER_BYTES
 
 from tests.server.conftest import MODEL, App, AppFactory
@@ -38,6 +39,7 @@ WIDE = {
     },
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+PROPERTY = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x" * 5000: 1}}}}
 
 
 def check_error(response: httpx.Response, status: int, param: str | None, code: str | None = None) -> None:
@@ -106,7 +108,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"seed": "x"}, "seed"),
     (COMPLETIONS, {"max_tokens": -1}, "max_tokens"),
     (COMPLETIONS, {"max_tokens": 1.5}, "max_tokens"),
-    (COMPLETIONS, {"max_tokens": 10**25}, "prompt"),
+    (COMPLETIONS, {"max_tokens": 2**31 - 1}, "prompt"),
+    (COMPLETIONS, {"max_tokens": 10**25}, "max_tokens"),
     (COMPLETIONS, {"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
     (COMPLETIONS, {"min_tokens": -1}, "min_tokens"),
     (COMPLETIONS, {"stream": "yes"}, "stream"),
@@ -114,7 +117,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     (COMPLETIONS, {"prompt": ""}, "prompt"),
     (COMPLETIONS, {"prompt": []}, "prompt"),
-    (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt[0]"),
+    (COMPLETIONS, {"prompt": ["x", "y " * 2 * CONTEXT_LENGTH]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [[1] * CONTEXT_LENGTH]}, "prompt[0]"),
     (COMPLETIONS, {"prompt": None}, "prompt"),
     (COMPLETIONS, {"prompt": 5}, "prompt"),
     (COMPLETIONS, {"prompt": {}}, "prompt"),
@@ -246,6 +251,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (GENERATE, {"sampling_params": {"logit_bias": {str(VOCAB_SIZE): 1}}}, "sampling_params.logit_bias"),
     (GENERATE, {"sampling_params": {"max_new_tokens": 1, "min_new_tokens": 2}}, "sampling_params.min_new_tokens"),
     (GENERATE, {"sampling_params": [{}, {}]}, "sampling_params"),
+    (GENERATE, {"text": ["a", "b"], "sampling_params": [{}, {"regex": "("}]}, "sampling_params[1].regex"),
+    (GENERATE, {"text": ["a", "b"], "sampling_params": [{}, {"stop": ""}]}, "sampling_params[1].stop"),
+    (GENERATE, {"text": ["a", "b " * 2 * CONTEXT_LENGTH]}, "text[1]"),
     (GENERATE, {"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "sampling_params"),
     (GENERATE, {"rid": ["a", "b"]}, "rid"),
     (GENERATE, {"text": ["a", "b"], "rid": ["a", "a"]}, "rid"),
@@ -321,6 +329,34 @@ def test_a_prompt_over_the_context_is_context_length_exceeded(app: App, path: st
 def test_a_chat_prompt_plus_max_tokens_over_the_context_is_context_length_exceeded(app: App) -> None:
     response = app.http.post(CHAT, json={"messages": HELLO, "max_tokens": CONTEXT_LENGTH})
     check_error(response, 400, "messages", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tool_choice": "foo"}, "found 'foo', expected 'auto', 'none', 'required' or an object"),
+        ({"tool_choice": "x" * 5000}, "expected 'auto', 'none', 'required' or an object"),
+        ({"n": 10**300}, "'n'"),
+        ({"messages": [*HELLO, {"role": "robot", "content": "x"}]}, "'developer', 'system', 'tool' or 'user'"),
+        ({"thinking": {"type": "adaptive"}}, "expected 'disabled' or 'enabled'."),
+        ({"json_schema": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "use 'anyOf'"),
+        ({"tools": [{**TOOL, "type": "x" * 5000}]}, "expected 'function'"),
+        ({"tools": [PROPERTY]}, "expected a JSON schema"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_message_says_what_is_expected_and_stays_short(app: App, fields: dict[str, Any], expected: str) -> None:
+    error = app.http.post(CHAT, json={**VALID[CHAT], **fields}).json()["error"]
+    assert expected in error["message"]
+    assert len(error["message"]) < 400
+    assert len(error["param"]) < 250
+    assert "coerce" not in error["message"]
+
+
+def test_no_error_is_longer_than_can_be_read() -> None:
+    detail = invalid("x" * 5000, "y" * 5000).detail
+    assert len(detail.message) == MAX_MESSAGE_LEN
+    assert len(detail.param or "") == MAX_PARAM_LEN
 
 
 CALL = {"function": {"name": "f", "arguments": "not read"}}

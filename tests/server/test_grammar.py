@@ -187,7 +187,8 @@ def test_a_server_without_a_backend_says_so(make_app: AppFactory, flags: tuple[s
     found = app.http.post("/generate", json={"input_ids": [5], "sampling_params": {"regex": "a"}})
     assert found.status_code == 400
     assert found.json()["error"]["code"] == "unsupported_parameter"
-    assert "--grammar-backend" in found.json()["error"]["message"]
+    assert found.json()["error"]["param"] == "sampling_params.regex"
+    assert f" {' '.join(flags)};" in found.json()["error"]["message"]
 
 
 def test_a_request_that_asks_for_no_form_has_no_grammar(make_app: AppFactory) -> None:

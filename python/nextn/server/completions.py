@@ -22,7 +22,7 @@ from nextn.server.logprobs import completion_logprobs
 from nextn.server.openai_request import check_common
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
-from nextn.server.prompts import read_prompts
+from nextn.server.prompts import is_batch, read_prompts
 from nextn.server.proving import IsGone
 from nextn.server.requests import CompletionRequest, StreamOptions
 from nextn.server.responses import EventStream, JsonReply, sse
@@ -76,6 +76,7 @@ async def _plan(services: Services, asked: CompletionRequest, is_gone: IsGone) -
         rids=[rid] if len(prompts) == 1 else [f"{rid}-p{i}" for i in range(len(prompts))],
         n=asked.n or 1,
         streams=bool(asked.stream),
+        is_batch=is_batch(asked.prompt),
         priority=asked.priority,
         cache_salt=asked.cache_salt,
         num_top_logprobs=asked.logprobs,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import inspect
 from starlette.requests import Request
 
 from nextn.server.errors import ApiError, invalid, too_large
@@ -21,6 +22,8 @@ MAX_VALUES = 100_000
 
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$?(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
+_NO_OPTION = re.compile(r"^Invalid enum value (?P<found>.*)$", re.DOTALL)
+_STEP = re.compile(r"\w+(?![\w\]])|\[")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
 
 
@@ -44,7 +47,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _from_validation(str(error)) from None
+        raise _from_validation(str(error), decoder.type) from None
     except UnicodeDecodeError:
         raise invalid("The body is not valid UTF-8.") from None
     except msgspec.DecodeError as error:
@@ -75,7 +78,7 @@ def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
-def _from_validation(text: str) -> ApiError:
+def _from_validation(text: str, body: Any) -> ApiError:
     match = _PATH.match(text)
     assert match is not None
     reason, path = match["reason"], (match["path"] or "").lstrip(".")
@@ -85,9 +88,32 @@ def _from_validation(text: str) -> ApiError:
     if missing := _MISSING.match(reason):
         field = _join(path, missing["field"])
         return invalid(f"Missing required parameter '{field}'.", field, "missing_required_parameter")
+    if wrong := _NO_OPTION.match(reason):
+        message = f"Invalid '{path:.200}': found {wrong['found']:.100}, expected {_options(body, path)}."
+        return invalid(message, path[:200], "invalid_value")
     if not path:
         return invalid(f"The body is wrong: {_lower_first(reason)}.")
     return invalid(f"Invalid '{path:.200}': {_lower_first(reason)}.", path[:200], "invalid_value")
+
+
+def _options(body: Any, path: str) -> str:
+    """What may stand at a path of a type where there are literals."""
+    types = _alternatives([inspect.type_info(body)])
+    for step in _STEP.findall(path):
+        inner: list[inspect.Type] = []
+        for known in types:
+            if isinstance(known, inspect.StructType):
+                inner += [field.type for field in known.fields if field.encode_name == step]
+            elif isinstance(known, inspect.ListType):
+                inner.append(known.item_type)
+        types = _alternatives(inner)
+    names = [repr(value) for known in types if isinstance(known, inspect.LiteralType) for value in known.values]
+    names += ["an object" for known in types if isinstance(known, inspect.StructType)]
+    return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _alternatives(types: list[inspect.Type]) -> list[inspect.Type]:
+    return [one for known in types for one in (known.types if isinstance(known, inspect.UnionType) else (known,))]
 
 
 def _join(path: str, field: str) -> str:

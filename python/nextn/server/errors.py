@@ -10,6 +10,10 @@ from starlette.responses import Response
 from nextn.errors import RequestError
 from nextn.protocol.messages import RequestOutput
 
+MAX_MESSAGE_LEN = 1000
+MAX_PARAM_LEN = 250
+"""Characters; beyond, it is what the client has sent that is long."""
+
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     """What a client needs to know; ``param`` is the path of the field at fault, as ``messages[0].content``."""
@@ -42,7 +46,12 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
-        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
+        self.detail = ErrorDetail(
+            message=_short(message, MAX_MESSAGE_LEN),
+            type=type,
+            param=None if param is None else _short(param, MAX_PARAM_LEN),
+            code=code,
+        )
 
     @property
     def body(self) -> bytes:
@@ -50,6 +59,10 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return Response(self.body, self.status, self.headers, media_type="application/json")
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_request_error") -> ApiError:

@@ -30,9 +30,10 @@ async def own_grammar(services: Services, fields: SamplingFields, is_gone: IsGon
     prefix: where the fields stand in the body
     Raises ApiError 400 or RequestError, naming the field, and what ``ProvingLine.run`` raises.
     """
-    if all(getattr(fields, name) is None for name in OWN_FIELDS):
+    given = [name for name in OWN_FIELDS if getattr(fields, name) is not None]
+    if not given:
         return None
-    _check(services, fields, prefix)
+    _check(services, fields, prefix, given[0])
     form = await _proven(services, lambda check: _form(fields, prefix, check), is_gone)
     return None if form is None else form.as_grammar()
 
@@ -51,7 +52,8 @@ async def chat_grammar(
     is_strict = any(tool["function"].get("strict") for tool in offered.values())
     if not forced and not is_strict and not _asks_for_form(asked):
         return None
-    _check(services, asked, "")
+    own = [name for name in OWN_FIELDS if getattr(asked, name) is not None]
+    _check(services, asked, "", (*own, "response_format" if _asks_for_form(asked) else "tools")[0])
     return await _proven(
         services, lambda check: _chat_grammar(services, asked, offered, forced, prompt, check), is_gone
     )
@@ -96,11 +98,15 @@ def _asks_for_form(asked: ChatRequest) -> bool:
     return is_given or any(getattr(asked, name) is not None for name in OWN_FIELDS)
 
 
-def _check(services: Services, fields: SamplingFields, prefix: str) -> None:
-    """Refuse what cannot go with a grammar."""
+def _check(services: Services, fields: SamplingFields, prefix: str, asking: str) -> None:
+    """Refuse what cannot go with a grammar.
+
+    asking: the field that asks for one
+    """
     if not services.args.serves_grammars:
-        message = "This server was started without what holds answers to a schema or a grammar (--grammar-backend)."
-        raise unsupported(message, prefix.rstrip(".") or "response_format")
+        flag = "--skip-tokenizer-init" if services.tokenizer is None else "--grammar-backend none"
+        message = f"'{prefix}{asking}' is not supported: this server was started with {flag}; leave it out."
+        raise unsupported(message, f"{prefix}{asking}")
     if fields.ignore_eos:
         message = f"'{prefix}ignore_eos' cannot go with a schema or a grammar: the answer ends where that does."
         raise invalid(message, f"{prefix}ignore_eos", "invalid_value")

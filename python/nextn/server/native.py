@@ -20,7 +20,7 @@ from nextn.server.grammar import own_grammar
 from nextn.server.logprobs import TokenText, native_logprobs, native_top_logprobs
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
-from nextn.server.prompts import MAX_BATCH, maybe_in_thread, read_prompts
+from nextn.server.prompts import MAX_BATCH, is_batch, maybe_in_thread, read_prompts
 from nextn.server.proving import IsGone
 from nextn.server.requests import DetokenizeRequest, GenerateRequest, NativeSampling, TokenizeRequest
 from nextn.server.responses import EventStream, JsonReply, sse
@@ -109,7 +109,6 @@ async def _plan(services: Services, asked: GenerateRequest, is_gone: IsGone) -> 
     given, param = (asked.text, "text") if asked.text is not None else (asked.input_ids, "input_ids")
     assert given is not None
     prompts = await read_prompts(services, given, param)
-    is_batch = isinstance(given, list) and not all(isinstance(item, int) for item in given)
     params = _params_of(asked, len(prompts))
     wants_logprobs = bool(asked.return_logprob)
     start = -1 if asked.logprob_start_len is None else asked.logprob_start_len
@@ -119,15 +118,18 @@ async def _plan(services: Services, asked: GenerateRequest, is_gone: IsGone) -> 
         rids=rids,
         n=params[0].n or 1,
         streams=bool(asked.stream),
+        is_batch=is_batch(given),
         priority=asked.priority,
         cache_salt=asked.cache_salt,
         num_top_logprobs=(asked.top_logprobs_num or 0) if wants_logprobs else None,
         prompt_logprobs_start=start if wants_logprobs and start >= 0 else None,
     )
-    different = params if isinstance(asked.sampling_params, list) else params[:1]
-    grammars = [await own_grammar(services, one, is_gone, "sampling_params.") for one in different]
-    wishes = [_wish(one, grammars[i % len(grammars)], param) for i, one in enumerate(params)]
-    return make_plan(services, prompts, wishes, options), not is_batch and options.n == 1
+    has_own = isinstance(asked.sampling_params, list)
+    prefixes = [f"sampling_params[{i}]." if has_own else "sampling_params." for i in range(len(params))]
+    different = list(zip(params, prefixes, strict=True))[: None if has_own else 1]
+    grammars = [await own_grammar(services, one, is_gone, prefix) for one, prefix in different]
+    wishes = [_wish(one, grammars[i % len(grammars)], prefixes[i], param) for i, one in enumerate(params)]
+    return make_plan(services, prompts, wishes, options), not options.is_batch and options.n == 1
 
 
 def _params_of(asked: GenerateRequest, num_prompts: int) -> list[NativeSampling]:
@@ -142,7 +144,7 @@ def _params_of(asked: GenerateRequest, num_prompts: int) -> list[NativeSampling]
     return params
 
 
-def _wish(params: NativeSampling, grammar: str | None, prompt_param: str) -> Wish:
+def _wish(params: NativeSampling, grammar: str | None, prefix: str, prompt_param: str) -> Wish:
     return Wish(
         fields=params,
         max_tokens=params.max_new_tokens,
@@ -150,7 +152,7 @@ def _wish(params: NativeSampling, grammar: str | None, prompt_param: str) -> Wis
         seed=params.seed if params.sampling_seed is None else params.sampling_seed,
         default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
         grammar=grammar,
-        prefix="sampling_params.",
+        prefix=prefix,
         prompt_param=prompt_param,
         min_param="min_new_tokens",
     )

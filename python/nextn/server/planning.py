@@ -38,6 +38,7 @@ class Wish:
 class Options:
     """What holds for all prompts of one HTTP request.
 
+    is_batch: the prompts came as a list, and each is named by its index
     watches_text: the answer may be ended early by what its text says, beside stop strings
     """
 
@@ -45,6 +46,7 @@ class Options:
     rids: Sequence[str]
     n: int
     streams: bool
+    is_batch: bool = False
     watches_text: bool = False
     priority: int | None = None
     cache_salt: str | None = None
@@ -65,7 +67,10 @@ def make_plan(services: Services, prompts: Sequence[Prompt], wishes: Sequence[Wi
     if num_choices > most:
         message = f"{len(prompts)} prompts with n={options.n} are {num_choices} requests; at most {most} run and wait."
         raise invalid(f"{message} Send fewer at once.", wishes[0].prompt_param, "invalid_value")
-    samplings = [_sampling(services, prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
+    samplings = [
+        _sampling(services, prompt, wish, f"{wish.prompt_param}[{index}]" if options.is_batch else wish.prompt_param)
+        for index, (prompt, wish) in enumerate(zip(prompts, wishes, strict=True))
+    ]
     discards = {wish.max_tokens == 0 for wish in wishes}
     if len(discards) > 1:
         raise invalid("Either all prompts of a batch ask for zero new tokens, or none does.", "sampling_params")
@@ -88,11 +93,11 @@ def make_plan(services: Services, prompts: Sequence[Prompt], wishes: Sequence[Wi
     )
 
 
-def _sampling(services: Services, prompt: Prompt, wish: Wish) -> TokenSampling:
+def _sampling(services: Services, prompt: Prompt, wish: Wish, prompt_param: str) -> TokenSampling:
     ready = services.engine.require_ready()
     limit = context_limit(ready)
     num_prompt = len(prompt.token_ids)
-    num_output = fit_output(num_prompt, wish.max_tokens, wish.default_max_tokens, limit, wish.prompt_param)
+    num_output = fit_output(num_prompt, wish.max_tokens, wish.default_max_tokens, limit, prompt_param)
     min_tokens = wish.min_tokens or 0
     param = f"{wish.prefix}{wish.min_param}"
     if min_tokens and wish.grammar is not None:
@@ -118,7 +123,7 @@ def _assembler_maker(services: Services, wish: Wish) -> Callable[[], OutputAssem
     stops = stop_strings(fields, services.args.max_stop_sequences, wish.prefix)
     if services.tokenizer is None and not stops:
         return lambda: None
-    tokenizer = services.require_tokenizer()
+    tokenizer = services.require_tokenizer(f"{wish.prefix}stop", "use 'stop_token_ids'")
     return lambda: OutputAssembler(
         tokenizer,
         stop=stops,

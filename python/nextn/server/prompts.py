@@ -25,10 +25,15 @@ async def maybe_in_thread(size: int, work: Callable[[], T]) -> T:
     return work() if size < LONG_TEXT else await asyncio.to_thread(work)
 
 
+def is_batch(given: str | Sequence[str | int | list[int]]) -> bool:
+    """Whether it is a list of prompts, and not one text or the ids of one."""
+    return not isinstance(given, str) and bool(given) and not isinstance(given[0], int)
+
+
 async def read_prompts(services: Services, given: str | Sequence[str | int | list[int]], param: str) -> list[Prompt]:
     """A text, token ids, or a list of either, as prompts; every id and count is checked."""
     if isinstance(given, str):
-        return await _from_texts(services, [given])
+        return await _from_texts(services, [given], param)
     if not given:
         raise invalid(f"'{param}' is empty; give at least one prompt or token.", param, "invalid_value")
     limit = context_limit(services.engine.require_ready())
@@ -37,7 +42,7 @@ async def read_prompts(services: Services, given: str | Sequence[str | int | lis
     if all(isinstance(item, int) for item in given):
         return [_from_ids(services, [item for item in given if isinstance(item, int)], param)]
     check_count(given, MAX_BATCH, param)
-    of_texts = iter(await _from_texts(services, [item for item in given if isinstance(item, str)]))
+    of_texts = iter(await _from_texts(services, [item for item in given if isinstance(item, str)], param))
     prompts = []
     for index, item in enumerate(given):
         if isinstance(item, int):
@@ -46,10 +51,10 @@ async def read_prompts(services: Services, given: str | Sequence[str | int | lis
     return prompts
 
 
-async def _from_texts(services: Services, texts: list[str]) -> list[Prompt]:
+async def _from_texts(services: Services, texts: list[str], param: str) -> list[Prompt]:
     if not texts:
         return []
-    tokenizer = services.require_tokenizer()
+    tokenizer = services.require_tokenizer(param, "use 'input_ids'")
     found = await maybe_in_thread(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts))
     return [Prompt(token_ids=ids, text=text) for ids, text in zip(found, texts, strict=True)]
 

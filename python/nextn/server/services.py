@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from nextn.config.server_args import ServerArgs
 from nextn.server.engine_client import EngineClient
-from nextn.server.errors import ApiError, model_not_found
+from nextn.server.errors import invalid, model_not_found
 from nextn.server.metrics import Metrics
 from nextn.server.proving import ProvingLine
 from nextn.server.sampling import SamplingDefaults
@@ -38,14 +38,16 @@ class Services:
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
 
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer, or 400 where the server was started without."""
+    def require_tokenizer(self, param: str | None = None, instead: str = "use 'input_ids' of /generate") -> Tokenizer:
+        """The tokenizer, or 400 where the server was started without.
+
+        param: the field that needs one, if it is not the whole endpoint
+        instead: what to do
+        """
         if self.tokenizer is None:
-            raise ApiError(
-                400,
-                "This server was started with --skip-tokenizer-init: it takes and gives token ids only; use /generate.",
-                code="no_tokenizer",
-            )
+            what = "This endpoint" if param is None else f"'{param}'"
+            message = f"{what} needs a tokenizer, and this server was started with --skip-tokenizer-init; {instead}."
+            raise invalid(message, param, "no_tokenizer")
         return self.tokenizer
 
     def check_grammar(self, grammar: str) -> None:

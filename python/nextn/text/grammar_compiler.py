@@ -64,8 +64,11 @@ def compile_grammar(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
 
 
 def short_error(matcher: LLMatcher) -> str:
-    """What went wrong, without the state and the grammar that the library adds."""
-    return matcher.get_error().partition("<state>")[0].strip()[:MAX_COMPLAINT_LEN]
+    """What went wrong, without the state and the grammar that the library adds, nor options that clients have not."""
+    complaint = matcher.get_error().partition("<state>")[0].strip()[:MAX_COMPLAINT_LEN]
+    if "coerce_one_of" in complaint:
+        return "'oneOf' of schemas that one value may match together cannot be enforced; use 'anyOf'"
+    return complaint
 
 
 class UnknownGrammar(Exception):

@@ -73,7 +73,7 @@ class ToolGrammar:
         ]
 
     def _value(self, part: str, function: Mapping[str, Any], key: str, schema: Any, param: str) -> str:
-        value_type, at = self._schemas.type_of(function["name"], key), f"{param}.properties.{key}"
+        value_type, at = self._schemas.type_of(function["name"], key), f"{param}.properties.{key:.100}"
         options = self._schemas.strings_of(function["name"], key) if value_type.is_text else None
         if options and not any(VALUE_CLOSE in option for option in options):
             return f"({' | '.join(map(_quoted, options))})"

@@ -61,7 +61,7 @@ def _check_parameters(parameters: Any, at: str) -> None:
         raise _wrong(f"{at}.properties", properties, "an object")
     for name, schema in properties.items():
         if not isinstance(schema, Mapping | bool):
-            raise _wrong(f"{at}.properties.{name}", schema, "a JSON schema")
+            raise _wrong(f"{at}.properties.{name:.100}", schema, "a JSON schema")
 
 
 def _wrong(at: str, found: Any, expected: str) -> RequestError:
