@@ -216,6 +216,21 @@ def test_tool_choice_none_hides_the_tools(make_app: AppFactory, stream: bool) ->
     assert "get_weather" not in prompt_of(app)
 
 
+def test_of_allowed_tools_alone_the_model_is_told(app: App) -> None:
+    other: Any = {"type": "function", "function": {"name": "get_time"}}
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    ask(
+        app,
+        False,
+        tools=[WEATHER, other],
+        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+        max_tokens=2,
+    )
+    assert "get_time" in prompt_of(app)
+    assert "get_weather" not in prompt_of(app)
+    assert app.added[-1].grammar is None
+
+
 def test_a_tool_call_and_its_result_can_be_sent_back(make_app: AppFactory) -> None:
     app = scripted(make_app, TWO_CALLS, *PARSERS)
     message = (

@@ -139,6 +139,14 @@ def test_reasoning_is_another_name_for_reasoning_content(app: App) -> None:
         assert raw_prompt(app, messages=[*HELLO, {**turn, **echoed}, result]) == expected
 
 
+def test_a_turn_may_have_been_nothing_but_reasoning(app: App) -> None:
+    call = {"id": "c", "function": {"name": "get_weather", "arguments": "{}"}}
+    acting = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "sunny"}]
+    for name in ("reasoning_content", "reasoning"):
+        raw_prompt(app, messages=[*HELLO, {"role": "assistant", "content": None, name: "look it up"}, *acting])
+        assert "look it up" in prompt_of(app)
+
+
 LABELS: dict[str, Any] = {
     "user": "u",
     "metadata": {"run": "7"},

@@ -38,6 +38,7 @@ WIDE = {
         },
     },
 }
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": []}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 PROPERTY = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x" * 5000: 1}}}}
 
@@ -161,7 +162,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
         {"messages": [*HELLO, {"role": "assistant", "content": "x", "reasoning": "a", "reasoning_content": "b"}]},
         "messages[1].reasoning_content",
     ),
-    (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": None, "reasoning": "a"}]}, "messages[1].content"),
+    (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": None, "reasoning": ""}]}, "messages[1].content"),
+    (CHAT, {"messages": [{"role": "user", "content": None, "reasoning": "a"}]}, "messages[0].content"),
     (
         CHAT,
         {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
@@ -199,7 +201,12 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {**ALLOWED, "tools": [{"type": "function", "name": "g"}]}}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {**ALLOWED, "mode": "none"}}, "tool_choice.mode"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {**ALLOWED, "mode": "required"}}, "tool_choice"),
     (CHAT, {"tools": [TOOL], "tool_choice": {"type": "custom", "function": {"name": "f"}}}, "tool_choice.type"),
     (CHAT, {"tool_choice": "auto", "tools": [{"type": "x"}]}, "tools[0].type"),
     (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
@@ -334,10 +341,11 @@ def test_a_chat_prompt_plus_max_tokens_over_the_context_is_context_length_exceed
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"tool_choice": "foo"}, "found 'foo', expected 'auto', 'none', 'required' or an object"),
+        ({"tool_choice": "foo"}, "found 'foo', expected 'auto', 'none', 'required' or an object."),
         ({"tool_choice": "x" * 5000}, "expected 'auto', 'none', 'required' or an object"),
         ({"n": 10**300}, "'n'"),
         ({"messages": [*HELLO, {"role": "robot", "content": "x"}]}, "'developer', 'system', 'tool' or 'user'"),
+        ({"tool_choice": {"type": "custom"}}, "found 'custom', expected 'function' or 'allowed_tools'."),
         ({"thinking": {"type": "adaptive"}}, "expected 'disabled' or 'enabled'."),
         ({"json_schema": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "use 'anyOf'"),
         ({"tools": [{**TOOL, "type": "x" * 5000}]}, "expected 'function'"),

@@ -41,6 +41,7 @@ WEATHER: Any = {
         },
     },
 }
+NAMED_CLOCK = {"type": "function", "function": {"name": "get_time"}}
 CLOCK: Any = {"type": "function", "function": {"name": "get_time"}}
 
 
@@ -116,8 +117,11 @@ def test_reasoning_that_is_not_set_apart_would_spoil_the_json(client: openai.Ope
         ("required", [WEATHER, CLOCK]),
         ({"type": "function", "function": {"name": "get_weather"}}, [CLOCK, WEATHER]),
         ({"type": "function", "function": {"name": "get_time"}}, [CLOCK, WEATHER]),
+        ({"type": "function", "name": "get_time"}, [WEATHER, CLOCK]),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED_CLOCK]}}, [WEATHER, CLOCK]),
+        ({"type": "allowed_tools", "mode": "required", "tools": [NAMED_CLOCK]}, [WEATHER, CLOCK]),
     ],
-    ids=["any", "the second", "the first"],
+    ids=["any", "the second", "the first", "by name", "allowed", "allowed, flat"],
 )
 def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any, tools: list[Any], stream: bool) -> None:
     fields: dict[str, Any] = {
@@ -139,7 +143,8 @@ def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any, tools: list[An
         (call,) = answer.message.tool_calls or []
         name, arguments, reason = call.function.name, call.function.arguments, answer.finish_reason
     assert reason == "tool_calls"
-    assert name == ("get_weather" if choice == "required" else choice["function"]["name"])
+    wants_weather = choice == "required" or choice.get("function") == {"name": "get_weather"}
+    assert name == ("get_weather" if wants_weather else "get_time")
     schema = WEATHER["function"]["parameters"] if name == "get_weather" else {"maxProperties": 0}
     assert jsonschema_rs.is_valid(schema, json.loads(arguments))
 

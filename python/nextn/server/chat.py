@@ -20,6 +20,7 @@ from nextn.server.openapi import documented
 from nextn.server.requests import ChatRequest, StreamOptions
 from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.services import Services
+from nextn.server.tool_choice import offered_tools
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
 
@@ -35,8 +36,9 @@ def router(services: Services) -> APIRouter:
         services.check_model(asked.model)
         check_supported(asked)
         services.engine.require_ready()
-        tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
-        plan = await plan_chat(services, asked, tools, len(body), request.is_disconnected)
+        offered = offered_tools(asked)
+        plan = await plan_chat(services, asked, offered, len(body), request.is_disconnected)
+        tools = list(offered.values()) or None
         prompt = plan.prompts[0].text or ""
         writers = [ChatWriter(services, asked, tools, prompt) for _ in range(plan.n)]
         if asked.stream:

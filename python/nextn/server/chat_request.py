@@ -18,6 +18,7 @@ from nextn.server.requests import ChatRequest, ContentPart, Message, is_given
 from nextn.server.sampling import context_limit
 from nextn.server.services import Services
 from nextn.server.thinking import thinking_variables
+from nextn.server.tool_choice import Tools
 from nextn.text.tool_validation import validate_tools
 
 INSTEAD = {
@@ -55,16 +56,14 @@ def check_supported(asked: ChatRequest) -> None:
     validate_tools(asked.tools or ())
 
 
-async def plan_chat(
-    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int, is_gone: IsGone
-) -> Plan:
+async def plan_chat(services: Services, asked: ChatRequest, offered: Tools, size: int, is_gone: IsGone) -> Plan:
     """Render the messages and check every limit.
 
-    tools: those that the model is told of
+    offered: the tools that the model is told of
     size: bytes of the request, which tell how long rendering may take
     """
-    prompt = await _render(services, asked, tools, size)
-    grammar = await chat_grammar(services, asked, tools, prompt.text or "", is_gone)
+    prompt = await _render(services, asked, list(offered.values()) or None, size)
+    grammar = await chat_grammar(services, asked, offered, prompt.text or "", is_gone)
     _, rid = agreed({"rid": asked.rid, "request_id": asked.request_id}) or ("", services.new_id("chatcmpl"))
     most = agreed({"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens})
     wish = Wish(
@@ -127,7 +126,8 @@ def _message(message: Message, where: str) -> dict[str, Any]:
     GLM's templates print a content of null as ``None``, and the parts of a tool's as they stand in the request: both
     become text.
     """
-    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+    says_more = message.tool_calls or message.reasoning_content or message.reasoning
+    if message.content is None and not (message.role == "assistant" and says_more):
         raise invalid(f"'{where}.content' is missing.", f"{where}.content", "invalid_value")
     content: Any = message.content or ""
     if isinstance(content, list):

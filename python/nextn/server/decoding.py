@@ -22,7 +22,7 @@ MAX_VALUES = 100_000
 
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$?(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
-_NO_OPTION = re.compile(r"^Invalid enum value (?P<found>.*)$", re.DOTALL)
+_NO_OPTION = re.compile(r"^Invalid (?:enum )?value (?P<found>.*)$", re.DOTALL)
 _STEP = re.compile(r"\w+(?![\w\]])|\[")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
 
@@ -104,11 +104,12 @@ def _options(body: Any, path: str) -> str:
         for known in types:
             if isinstance(known, inspect.StructType):
                 inner += [field.type for field in known.fields if field.encode_name == step]
+                inner += [inspect.LiteralType((known.tag,))] if known.tag_field == step else []
             elif isinstance(known, inspect.ListType):
                 inner.append(known.item_type)
         types = _alternatives(inner)
     names = [repr(value) for known in types if isinstance(known, inspect.LiteralType) for value in known.values]
-    names += ["an object" for known in types if isinstance(known, inspect.StructType)]
+    names += ["an object"] if any(isinstance(known, inspect.StructType) for known in types) else []
     return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 

@@ -14,6 +14,7 @@ from nextn.server.errors import invalid, unsupported
 from nextn.server.proving import IsGone
 from nextn.server.requests import ChatRequest, NamedTool, SamplingFields
 from nextn.server.services import Services
+from nextn.server.tool_choice import Tools, forced_tools
 from nextn.text.grammar import Check, Form, Reasoning, Tags, ebnf_form, json_form, regex_form, whole_output
 from nextn.text.grammar_compiler import UnknownGrammar
 from nextn.text.tool_grammar import ToolGrammar
@@ -39,16 +40,15 @@ async def own_grammar(services: Services, fields: SamplingFields, is_gone: IsGon
 
 
 async def chat_grammar(
-    services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str, is_gone: IsGone
+    services: Services, asked: ChatRequest, offered: Tools, prompt: str, is_gone: IsGone
 ) -> str | None:
     """The grammar of a chat answer, its reasoning included; None if any text will do.
 
-    tools: those that the model is told of
+    offered: the tools that the model is told of
     prompt: the rendered prompt, whose end tells where reasoning may stand
     Raises ApiError 400 or RequestError, naming the field, and what ``ProvingLine.run`` raises.
     """
-    offered = dict(enumerate(tools or ()))
-    forced = _forced(asked, offered)
+    forced = forced_tools(asked, offered)
     is_strict = any(tool["function"].get("strict") for tool in offered.values())
     if not forced and not is_strict and not _asks_for_form(asked):
         return None
@@ -70,8 +70,8 @@ async def _proven(services: Services, make: Callable[[Check], T], is_gone: IsGon
 def _chat_grammar(
     services: Services,
     asked: ChatRequest,
-    offered: dict[int, dict[str, Any]],
-    forced: dict[int, dict[str, Any]],
+    offered: Tools,
+    forced: Tools,
     prompt: str,
     check: Check,
 ) -> str:
@@ -149,20 +149,3 @@ def _schema(given: str | dict[str, Any] | bool, param: str) -> dict[str, Any] | 
         raise invalid(f"'{param}' must be a JSON schema, an object.", param, "invalid_value")
     check_depth(given, param)
     return given
-
-
-def _forced(asked: ChatRequest, offered: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The tools of which one must be called; none where the model chooses."""
-    choice = asked.tool_choice
-    if choice in (None, "auto", "none"):
-        return {}
-    if not offered:
-        raise invalid("'tool_choice' asks for a call, but there are no 'tools'.", "tool_choice", "invalid_value")
-    if choice == "required":
-        return offered
-    assert isinstance(choice, NamedTool), "decoded as one"
-    name = choice.function.get("name")
-    found = {i: tool for i, tool in offered.items() if tool["function"]["name"] == name}
-    if not found:
-        raise invalid(f"'tool_choice' names {name!r:.100}, which is none of 'tools'.", "tool_choice", "invalid_value")
-    return found

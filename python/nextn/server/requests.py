@@ -179,9 +179,35 @@ class Thinking(_Strict, kw_only=True, frozen=True):
     clear_thinking: bool | None = None
 
 
-class NamedTool(_Strict, kw_only=True, frozen=True):
-    type: Literal["function"]
-    function: dict[str, Any]
+class NamedFunction(_Strict, kw_only=True, frozen=True):
+    name: str
+
+
+class NamedTool(_Strict, kw_only=True, frozen=True, tag_field="type", tag="function"):
+    """name: stands for ``function``, as OpenAI's other API has it"""
+
+    function: NamedFunction | None = None
+    name: str | None = None
+
+
+class ToolSubset(_Strict, kw_only=True, frozen=True):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedTools(_Strict, kw_only=True, frozen=True, tag_field="type", tag="allowed_tools"):
+    """mode, tools: stand for ``allowed_tools``, as OpenAI's other API has it"""
+
+    allowed_tools: ToolSubset | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[NamedTool] | None = None
+
+    @property
+    def subset(self) -> ToolSubset | None:
+        """The tools that may be called, however they are given; None where they are not."""
+        if self.allowed_tools is not None or self.mode is None or self.tools is None:
+            return self.allowed_tools
+        return ToolSubset(mode=self.mode, tools=self.tools)
 
 
 class ChatRequest(OpenAIRequest, kw_only=True, frozen=True):
@@ -200,7 +226,7 @@ class ChatRequest(OpenAIRequest, kw_only=True, frozen=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
