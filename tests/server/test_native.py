@@ -228,6 +228,21 @@ def test_tokenize_and_detokenize_are_inverse(app: App, text: str) -> None:
     assert app.http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"text": text}
 
 
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_messages_are_tokenized_as_a_chat_request_would(app: App, with_tools: bool) -> None:
+    fields: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    if with_tools:
+        fields["tools"] = [{"type": "function", "function": {"name": "get_time"}}]
+    found = app.http.post("/tokenize", json=fields).json()
+    assert app.http.post("/v1/chat/completions", json={**fields, "max_tokens": 1}).status_code == 200
+    assert found["tokens"] == app.added[-1].input_ids
+    assert found["count"] == len(found["tokens"])
+    assert ("get_time" in app.services.require_tokenizer().decode(found["tokens"])) == with_tools
+
+
 def test_tokenize_and_detokenize_take_batches(app: App) -> None:
     found = app.http.post("/tokenize", json={"prompt": ["a b", "c"]}).json()
     assert found["count"] == [len(ids) for ids in found["tokens"]]

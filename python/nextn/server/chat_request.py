@@ -52,8 +52,13 @@ def check_supported(asked: ChatRequest) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         if getattr(asked, name) == 0:
             raise invalid(f"'{name}' must be at least 1.", name, "invalid_value")
-    check_depth(asked.tools, "tools")
-    validate_tools(asked.tools or ())
+    check_tools(asked.tools)
+
+
+def check_tools(tools: list[dict[str, Any]] | None) -> None:
+    """Refuse tools that the model cannot be told of."""
+    check_depth(tools, "tools")
+    validate_tools(tools or ())
 
 
 async def plan_chat(services: Services, asked: ChatRequest, offered: Tools, size: int, is_gone: IsGone) -> Plan:
@@ -62,7 +67,7 @@ async def plan_chat(services: Services, asked: ChatRequest, offered: Tools, size
     offered: the tools that the model is told of
     size: bytes of the request, which tell how long rendering may take
     """
-    prompt = await _render(services, asked, list(offered.values()) or None, size)
+    prompt = await render_chat(services, asked, list(offered.values()) or None, size)
     grammar = await chat_grammar(services, asked, offered, prompt.text or "", is_gone)
     _, rid = agreed({"rid": asked.rid, "request_id": asked.request_id}) or ("", services.new_id("chatcmpl"))
     most = agreed({"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens})
@@ -88,7 +93,12 @@ async def plan_chat(services: Services, asked: ChatRequest, offered: Tools, size
     return make_plan(services, [prompt], [wish], options)
 
 
-async def _render(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int) -> Prompt:
+async def render_chat(services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, size: int) -> Prompt:
+    """The prompt of a chat.
+
+    tools: those that the model is told of
+    size: bytes of the request, which tell how long rendering may take
+    """
     if not asked.messages:
         raise invalid("'messages' is empty; give at least one.", "messages", "invalid_value")
     _check_numbers(asked.messages, context_limit(services.engine.require_ready()))

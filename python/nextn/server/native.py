@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nextn.protocol.messages import SpecStep, TokenLogprobs
+from nextn.server.chat_request import check_tools, render_chat
 from nextn.server.decoding import decode, read_body
 from nextn.server.errors import invalid
 from nextn.server.generating import Choice, Piece, Plan, generate
@@ -22,7 +23,7 @@ from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import MAX_BATCH, is_batch, maybe_in_thread, read_prompts
 from nextn.server.proving import IsGone
-from nextn.server.requests import DetokenizeRequest, GenerateRequest, NativeSampling, TokenizeRequest
+from nextn.server.requests import ChatRequest, DetokenizeRequest, GenerateRequest, NativeSampling, TokenizeRequest
 from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.sampling import check_count, check_token_ids
 from nextn.server.services import Services
@@ -50,23 +51,23 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/tokenize", **documented(TokenizeRequest, 404))
     async def tokenize(request: Request) -> Response:
-        asked = decode(await read_body(request, max_bytes), _TOKENIZE)
+        body = await read_body(request, max_bytes)
+        asked = decode(body, _TOKENIZE)
         services.check_model(asked.model)
-        ready = services.engine.require_ready()
-        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        max_len = services.engine.require_ready().context_length
+        _check_source(asked)
+        if asked.messages is not None:
+            chat = ChatRequest(messages=asked.messages, chat_template_kwargs=asked.chat_template_kwargs)
+            check_tools(asked.tools)
+            prompt = await render_chat(services, chat, asked.tools or None, len(body))
+            return Response(_tokenized([prompt.token_ids], True, max_len), media_type="application/json")
+        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt or []
         check_count(texts, MAX_BATCH, "prompt")
         add_special = asked.add_special_tokens is not False
         tokenizer = services.require_tokenizer()
 
         def tokenized() -> bytes:
-            found = tokenizer.encode_batch(texts, add_special)
-            single = isinstance(asked.prompt, str)
-            answer = {
-                "tokens": found[0] if single else found,
-                "count": len(found[0]) if single else [len(ids) for ids in found],
-                "max_model_len": ready.context_length,
-            }
-            return msgspec.json.encode(answer)
+            return _tokenized(tokenizer.encode_batch(texts, add_special), isinstance(asked.prompt, str), max_len)
 
         answer = await maybe_in_thread(sum(map(len, texts)), tokenized)
         return Response(answer, media_type="application/json")
@@ -90,6 +91,25 @@ def router(services: Services) -> APIRouter:
         return Response(answer, media_type="application/json")
 
     return routes
+
+
+def _check_source(asked: TokenizeRequest) -> None:
+    """Refuse two sources of tokens, none, and what does not go with the one that there is."""
+    if (asked.prompt is None) == (asked.messages is None):
+        raise invalid("Give exactly one of 'prompt' and 'messages'.", "prompt", "invalid_value")
+    source = "prompt" if asked.messages is None else "messages"
+    for name in ("tools", "chat_template_kwargs") if source == "prompt" else ("add_special_tokens",):
+        if getattr(asked, name):
+            raise invalid(f"'{name}' does not go with '{source}'; leave it out.", name, "invalid_value")
+
+
+def _tokenized(found: list[list[int]], is_single: bool, max_len: int) -> bytes:
+    answer = {
+        "tokens": found[0] if is_single else found,
+        "count": len(found[0]) if is_single else [len(ids) for ids in found],
+        "max_model_len": max_len,
+    }
+    return msgspec.json.encode(answer)
 
 
 def _token_batches(tokens: Sequence[int | list[int]]) -> tuple[list[list[int]], bool]:

@@ -279,7 +279,16 @@ class GenerateRequest(_Strict, kw_only=True, frozen=True):
 
 
 class TokenizeRequest(_Strict, kw_only=True, frozen=True):
-    prompt: str | list[str]
+    """``POST /tokenize``: texts, or what a chat request with these messages makes of them.
+
+    add_special_tokens: of texts; a chat template writes its own
+    tools, chat_template_kwargs: of messages
+    """
+
+    prompt: str | list[str] | None = None
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: ChatTemplateOptions | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
 
