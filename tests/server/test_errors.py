@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from nextn.server import chat_request
 from nextn.server.errors import MAX_MESSAGE_LEN, MAX_PARAM_LEN, invalid
 from nextn.server.http_protocol import MAX_HEADER_BYTES
+from nextn.server.requests import ChatRequest
 
 from tests.server.conftest import MODEL, App, AppFactory
 from tests.server.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, Behaviour
@@ -391,6 +394,13 @@ def test_more_messages_than_the_context_has_tokens_are_not_even_read(
     response = app.http.post(CHAT, json={"messages": messages})
     check_error(response, 400, param, "context_length_exceeded")
     assert f" {CONTEXT_LENGTH} tokens" in response.json()["error"]["message"]
+
+
+def test_the_garbage_collector_does_not_walk_what_a_client_sent() -> None:
+    body = json.dumps({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}).encode()
+    message = msgspec.json.decode(body, type=ChatRequest).messages[0]
+    assert message.tool_calls
+    assert not any(map(gc.is_tracked, (message, message.tool_calls[0], message.tool_calls[0].function)))
 
 
 def test_more_token_ids_than_the_context_has_are_not_even_read(app: App) -> None:

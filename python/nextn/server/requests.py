@@ -23,8 +23,8 @@ def is_given(value: Unread) -> bool:
     return bytes(value) not in (b"", b"null")
 
 
-class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    pass
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True, gc=False):
+    """JSON has no cycles, so that the garbage collector need not walk the many that one body may be."""
 
 
 class SamplingFields(_Strict, kw_only=True, frozen=True):
