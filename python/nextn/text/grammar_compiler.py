@@ -150,7 +150,8 @@ class GrammarProver:
 
 
 def _serve(folder: str, vocab_size: str, *eos_token_ids: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends when it is done, and this with it
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server ends when it is done, and this with it
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     vocabulary = read_vocabulary(folder, int(vocab_size), list(map(int, eos_token_ids)))
     print(json.dumps(""), flush=True)
