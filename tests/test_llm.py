@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 from nextn import LLM, SamplingParams
 from nextn.demo.quiz import held_out_items
 from nextn.errors import CheckpointError, ConfigError, RequestError
+from nextn.scheduler.scheduler import Decision, Extend
+from nextn.speculative.cycle import SpeculativeCycle
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=64)
 
@@ -130,3 +133,24 @@ def test_bad_input_is_refused_and_loses_nothing(llm: LLM, open_prompts: list[str
         LLM("./nowhere")
     with pytest.raises(ConfigError, match="page"):
         LLM(page_size=0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_generate_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    expected = llm.generate("hi", GREEDY)[0].output_ids
+    cycle, calls = llm.engine._cycle, itertools.count()
+
+    def run(extends: list[Extend]) -> list[Decision]:
+        decisions = SpeculativeCycle.run(cycle, extends)
+        if next(calls) == 2:
+            raise error
+        return decisions
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cycle, "run", run)
+        with pytest.raises(error):
+            llm.generate(["hi", "you"], GREEDY)
+    assert not llm.engine.has_work
+    assert llm.generate("hi", GREEDY)[0].output_ids == expected

@@ -148,12 +148,17 @@ class LLM:
         for one in params_list:
             one.grammar(self.engine.check_grammar)  # before any request is added
         pending: dict[str, _Pending] = {}
-        for prompt, one in zip(prompt_list, params_list, strict=True):
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            rid = f"llm-{next(self._rids)}"
-            pending[rid] = _Pending(self.tokenizer, one)
-            self._add(pending, rid, ids, one)
-        self._run(pending)
+        try:
+            for prompt, one in zip(prompt_list, params_list, strict=True):
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                rid = f"llm-{next(self._rids)}"
+                pending[rid] = _Pending(self.tokenizer, one)
+                self._add(pending, rid, ids, one)
+            self._run(pending)
+        except BaseException:  # an interrupt too must leave nothing that runs into the next call
+            for rid in pending:
+                self.engine.abort(rid)
+            raise
         return [one.result() for one in pending.values()]
 
     def chat(
@@ -201,8 +206,6 @@ class LLM:
             if refusal is None:
                 return
             if refusal.error_kind != "queue_full":
-                for other in pending:
-                    self.engine.abort(other)
                 raise RequestError(refusal.error or "the request was refused")
             self._step(pending)
 
