@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from nextn import LLM, SamplingParams
@@ -154,3 +157,54 @@ def test_an_interrupted_generate_leaves_nothing_behind(
             llm.generate(["hi", "you"], GREEDY)
     assert not llm.engine.has_work
     assert llm.generate("hi", GREEDY)[0].output_ids == expected
+
+
+BAD_PARAMETERS = [
+    ("max_new_tokens", 0),
+    ("min_new_tokens", -3),
+    ("min_new_tokens", 65),
+    ("temperature", -1.0),
+    ("temperature", math.nan),
+    ("top_k", -5),
+    ("top_p", 0.0),
+    ("top_p", math.nan),
+    ("min_p", 1.5),
+    ("repetition_penalty", 0.0),
+    ("presence_penalty", math.inf),
+    ("frequency_penalty", -math.inf),
+    ("logit_bias", {5: math.inf}),
+    ("logit_bias", {5: math.nan}),
+    ("logit_bias", {-1: 1.0}),
+    ("stop_token_ids", [10**6]),
+    ("stop", ["a", ""]),
+    ("seed", 2**64),
+    ("logprobs", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_PARAMETERS)
+def test_a_parameter_out_of_range_is_refused_by_name(llm: LLM, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"^{name}: (found|token id) "):
+        llm.generate(["hi", "you"], [GREEDY, replace(GREEDY, **{name: value})])
+    assert llm.generate("hi", replace(GREEDY, max_new_tokens=2))[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 2.0),
+        ("top_k", -1),
+        ("top_k", 2**31 - 1),
+        ("min_p", 1.0),
+        ("repetition_penalty", 2.0),
+        ("presence_penalty", -2.0),
+        ("frequency_penalty", 2.0),
+        ("logit_bias", {5: -100.0, 6: 100.0}),
+        ("seed", -(2**63)),
+        ("seed", 2**63 - 1),
+        ("logprobs", 20),
+    ],
+)
+def test_the_last_values_of_a_range_are_served(llm: LLM, name: str, value: Any) -> None:
+    params = replace(SamplingParams(max_new_tokens=4, ignore_eos=True), **{name: value})
+    assert len(llm.generate("hi", params)[0].output_ids) == 4

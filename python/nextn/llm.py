@@ -29,7 +29,7 @@ class SamplingParams:
     """How to generate. Defaults are OpenAI's.
 
     temperature: 0 is greedy
-    top_k: 0 keeps all tokens
+    top_k: -1 or 0 keeps all tokens
     json_schema, regex, ebnf: what the text must follow, at most one of them
     stop: strings that end the text before them; stop_token_ids: tokens that end it like an eos
     seed: the same seed, prompt and number of drafts give the same tokens; None draws one
@@ -56,6 +56,14 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Raises RequestError where one is empty, which every text has."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if "" in stops:
+            raise RequestError("stop: found an empty string, expected at least one character", "stop")
+        return stops
+
     def grammar(self, check: Check) -> str | None:
         """What the engine holds the output to. Raises RequestError where it is asked for wrongly."""
         forms: list[Form] = []
@@ -77,7 +85,7 @@ class SamplingParams:
             has_own_seed=self.seed is not None,
             min_new_tokens=self.min_new_tokens,
             temperature=self.temperature,
-            top_k=self.top_k,
+            top_k=0 if self.top_k == -1 else self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
@@ -231,10 +239,9 @@ class _Pending:
     """The text of one request as it grows."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop)
         self._assembler = OutputAssembler(
             tokenizer,
-            stop=stop,
+            stop=params.stop_strings,
             min_new_tokens=params.min_new_tokens,
             skip_special_tokens=params.skip_special_tokens,
         )

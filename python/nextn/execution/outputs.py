@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import msgspec
 
 from nextn.errors import RequestError
 from nextn.protocol.messages import AddRequest, RequestOutput, SpecStep, TokenLogprobs
 from nextn.scheduler.sequence import Sequence
+
+LARGEST = 10**6
+"""Of what changes logits: float32 rounds a logit beyond it so much that nothing is left of what the model said."""
+
+
+class _Range(NamedTuple):
+    """Numbers from ``low`` to ``high``, both included; ``low`` itself is not where it is open."""
+
+    low: float
+    high: float
+    is_open: bool = False
+
+    def check(self, name: str, found: float) -> None:
+        """Raises RequestError if a parameter lies outside, or is no number."""
+        if not self.low <= found <= self.high or (self.is_open and found == self.low):
+            at_least = "more than" if self.is_open else "at least"
+            expected = f"{at_least} {self.low} and at most {self.high}"
+            raise RequestError(f"{name}: found {found}, expected {expected}", name)
+
+
+_RANGES = {
+    "max_new_tokens": _Range(1, 2**31 - 1),
+    "temperature": _Range(0, LARGEST),
+    "top_k": _Range(0, 2**31 - 1),
+    "top_p": _Range(0, 1, is_open=True),
+    "min_p": _Range(0, 1),
+    "repetition_penalty": _Range(0, LARGEST, is_open=True),
+    "presence_penalty": _Range(-LARGEST, LARGEST),
+    "frequency_penalty": _Range(-LARGEST, LARGEST),
+    "seed": _Range(-(2**63), 2**63 - 1),
+}
 
 
 def output_of(
@@ -63,18 +95,33 @@ def check_request(request: AddRequest, *, context_length: int, vocab_size: int) 
     num_prompt, sampling = len(request.input_ids), request.sampling
     if num_prompt == 0:
         raise RequestError("input_ids: the prompt is empty; give at least one token", "input_ids")
-    if sampling.max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens: found {sampling.max_new_tokens}, expected at least 1", "max_new_tokens")
     if num_prompt + 1 > context_length:
         raise RequestError(
             f"the prompt has {num_prompt} tokens; the context of {context_length} leaves no room to generate",
             "input_ids",
             "context_length_exceeded",
         )
+    _check_numbers(request)
     if request.grammar is not None and (sampling.ignore_eos or sampling.min_new_tokens):
         name = "ignore_eos" if sampling.ignore_eos else "min_new_tokens"
         raise RequestError(f"{name}: an output ends where its grammar does; leave one of the two out", name)
-    ids = (*request.input_ids, *sampling.logit_bias, *sampling.stop_token_ids)
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        bad = next(i for i in ids if not 0 <= i < vocab_size)
-        raise RequestError(f"token id {bad} is outside the vocabulary of {vocab_size}", "input_ids")
+    token_ids = {
+        "input_ids": request.input_ids,
+        "logit_bias": sampling.logit_bias,
+        "stop_token_ids": sampling.stop_token_ids,
+    }
+    for name, ids in token_ids.items():
+        if min(ids, default=0) < 0 or max(ids, default=0) >= vocab_size:
+            bad = next(i for i in ids if not 0 <= i < vocab_size)
+            raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocab_size}", name)
+
+
+def _check_numbers(request: AddRequest) -> None:
+    sampling = request.sampling
+    for name, allowed in _RANGES.items():
+        allowed.check(name, getattr(sampling, name))
+    _Range(0, sampling.max_new_tokens).check("min_new_tokens", sampling.min_new_tokens)
+    for bias in sampling.logit_bias.values():
+        _Range(-LARGEST, LARGEST).check("logit_bias", bias)
+    if request.num_top_logprobs is not None and request.num_top_logprobs < 0:
+        raise RequestError(f"logprobs: found {request.num_top_logprobs}, expected at least 0", "logprobs")
