@@ -207,6 +207,23 @@ def test_a_rows_distribution_does_not_depend_on_its_batch(device: torch.device) 
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("own", [{}, {"top_p": 0.9}, {"min_p": 0.01}])
+def test_a_neighbours_rules_change_no_bit_of_a_row(own: dict[str, float], triton: bool, device: torch.device) -> None:
+    num_rows, vocab = 20, 1000
+    logits = torch.randn(num_rows, vocab) * 3
+    off: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    neighbour: dict[str, float] = {"top_k": 40, "top_p": 0.5, "min_p": 0.1}
+    alone = {name: torch.full((num_rows,), value) for name, value in {"temperature": 0.8, **own}.items()}
+    beside = {name: torch.tensor([own.get(name, value)] * num_rows + [neighbour[name]]) for name, value in off.items()}
+    beside["temperature"] = torch.full((num_rows + 1,), 0.8)
+
+    def probs(logits: torch.Tensor, rules: dict[str, torch.Tensor]) -> torch.Tensor:
+        return distributions(logits, rules, device) if triton else in_torch(sampling_probs, logits, **rules)
+
+    assert torch.equal(probs(logits, alone), probs(torch.cat([logits, logits[:1]]), beside)[:num_rows])
+
+
 @pytest.mark.parametrize("vocab", [*SIZES, 9001])
 def test_draws_equal_torchs(vocab: int, device: torch.device) -> None:
     probs = torch.softmax(torch.randn(40, vocab) * 4, -1)

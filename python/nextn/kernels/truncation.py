@@ -79,9 +79,10 @@ def _truncate_ordered(probs: torch.Tensor, top_k: torch.Tensor | None, top_p: to
     """Keep the top_k likeliest tokens, and of their renormalised mass the smallest set that reaches top_p."""
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
-        rank = torch.arange(probs.shape[-1], device=probs.device)
-        ordered = torch.where((top_k[:, None] > 0) & (rank >= top_k[:, None]), 0.0, ordered)
-        ordered = ordered / ordered.sum(-1, keepdim=True)
+        vocab_size, k = probs.shape[-1], top_k[:, None]
+        likeliest = torch.where(torch.arange(vocab_size, device=probs.device) < k, ordered, 0.0)
+        # A row that keeps all tokens keeps its bits too, whatever its neighbours ask for.
+        ordered = torch.where((k > 0) & (k < vocab_size), likeliest / likeliest.sum(-1, keepdim=True), ordered)
     if top_p is not None:
         mass_before = ordered.cumsum(-1) - ordered
         cut = mass_before >= top_p[:, None]
