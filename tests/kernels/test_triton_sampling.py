@@ -16,7 +16,7 @@ from nextn.kernels.sampling_probs import sampling_probs
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.sequence import Sequence
-from nextn.speculative.logits import Row, adjust_logits
+from nextn.speculative.logits import LogitAdjuster, Row
 from scipy import stats
 
 from tests.kernels.references import in_torch
@@ -325,7 +325,7 @@ def test_rules_hold_at_every_draft_position_as_on_the_host(
     host_rows = [
         Row(s, d[:j]) for s, d in zip(seqs, drafts.tolist(), strict=True) for j in range(num_before, total + 1)
     ]
-    expected = adjust_logits(logits, host_rows)
+    expected = LogitAdjuster().adjust(logits, host_rows)
 
     where = device if triton else torch.device("cpu")
     run = adjust_logits_by_slot if triton else (lambda *a, **o: in_torch(adjust_logits_by_slot, *a, **o))
@@ -342,7 +342,8 @@ def test_rules_hold_at_every_draft_position_as_on_the_host(
     assert run(changed, *state, num_before=num_before, out=changed) is changed
     assert torch.equal(changed, found)
     wide = run(logits.bfloat16().to(where), *state, num_before=num_before)
-    torch.testing.assert_close(wide.cpu(), adjust_logits(logits.bfloat16().float(), host_rows), rtol=1e-6, atol=0)
+    expected = LogitAdjuster().adjust(logits.bfloat16().float(), host_rows)
+    torch.testing.assert_close(wide.cpu(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("vocab", [24, 1000, 8195])

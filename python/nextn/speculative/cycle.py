@@ -22,13 +22,16 @@ from nextn.scheduler.scheduler import Decision, Extend
 from nextn.speculative.acceptance import NO_DRAFT, verify_greedy, verify_sampled
 from nextn.speculative.grammar import Grammars
 from nextn.speculative.leader import Leader
-from nextn.speculative.logits import Row, adjust_logits, probs_of_rows
+from nextn.speculative.logits import LogitAdjuster, Row, probs_of_rows
 from nextn.speculative.logprobs import prompt_rows, slices, token_logprobs
 from nextn.speculative.proposer import ChooseTokens, Drafts, NextNProposer
 
 
 class SpeculativeCycle:
-    """Runs steps over the target, and over the draft where there is one. Holds no state of its own."""
+    """Runs steps over the target, and over the draft where there is one.
+
+    Keeps of a sequence only what it asks of its logits, as tensors.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class SpeculativeCycle:
         self._kv_cache = kv_cache
         self._page_size = page_size
         self._grammars = grammars
+        self._adjuster = LogitAdjuster()
         self._device = kv_cache.k.device
 
     @torch.inference_mode()
@@ -158,7 +162,7 @@ class SpeculativeCycle:
         logits: [R, V] float32; rows: R, len(chain) + 1 per chain
         Returns per chain the number of accepted drafts and the token that follows.
         """
-        logits = adjust_logits(logits, rows, self._grammars.allowed(rows))
+        logits = self._adjuster.adjust(logits, rows, self._grammars.allowed(rows))
         if all(row.sampling.is_greedy for row in rows):
             return verify_greedy(logits.argmax(-1).tolist(), chains)
         num_drafts = max(len(chain) for chain in chains)
@@ -200,7 +204,7 @@ class SpeculativeCycle:
         return self._tp.broadcast(torch.empty(len(rows), dtype=torch.int64, device=self._device)), None
 
     def _sample_drafts(self, logits: torch.Tensor, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = adjust_logits(logits, rows, self._grammars.allowed(rows))
+        logits = self._adjuster.adjust(logits, rows, self._grammars.allowed(rows))
         if all(row.sampling.is_greedy for row in rows):
             return logits.argmax(-1), None
         probs = probs_of_rows(logits, rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,40 +36,69 @@ class Row(NamedTuple):
         return len(self.seq.tokens) + len(self.drafts)
 
 
-def adjust_logits(logits: torch.Tensor, rows: Rows[Row], allowed: np.ndarray | None = None) -> torch.Tensor:
-    """Apply logit_bias, penalties, min_new_tokens and grammars.
+class LogitAdjuster:
+    """Applies logit_bias, penalties, min_new_tokens and grammars.
 
-    logits: [R, V] float32, one row per Row
-    allowed: [R, ⌈V / 32⌉] int32, the tokens that grammars allow, a bit each; None for all
-    Returns [R, V] float32: ``logits`` itself if no row asks for anything, else a changed copy.
+    What a sequence asks is made into tensors once, which are kept while the sequence lives.
     """
-    adjusted = logits
-    for i, row in enumerate(rows):
-        sampling = row.seq.request.sampling
-        too_short = (
-            sampling.min_new_tokens
-            and row.seq.num_output + len(row.drafts) < sampling.min_new_tokens
-            and row.seq.stop_ids
-        )
-        if not (sampling.logit_bias or sampling.has_penalties or too_short):
-            continue
-        if adjusted is logits:
-            adjusted = logits.clone()
-        if sampling.has_penalties:
-            tokens, num_prompt = row.seq.tokens, row.seq.num_prompt
-            adjusted[i] = apply_penalties(
-                adjusted[i],
-                torch.tensor(tokens[:num_prompt], device=logits.device),
-                torch.tensor(tokens[num_prompt:] + row.drafts, dtype=torch.int64, device=logits.device),
-                repetition=sampling.repetition_penalty,
-                presence=sampling.presence_penalty,
-                frequency=sampling.frequency_penalty,
+
+    def __init__(self) -> None:
+        self._asked: WeakKeyDictionary[Sequence, _Asked] = WeakKeyDictionary()
+
+    def adjust(self, logits: torch.Tensor, rows: Rows[Row], allowed: np.ndarray | None = None) -> torch.Tensor:
+        """Apply what each row's sequence asks, as it holds behind the row's drafts.
+
+        logits: [R, V] float32, one row per Row
+        allowed: [R, ⌈V / 32⌉] int32, the tokens that grammars allow, a bit each; None for all
+        Returns [R, V] float32: ``logits`` itself if no row asks for anything, else a changed copy.
+        """
+        adjusted = logits
+        for i, row in enumerate(rows):
+            sampling = row.sampling
+            too_short = (
+                sampling.min_new_tokens
+                and row.seq.num_output + len(row.drafts) < sampling.min_new_tokens
+                and row.seq.stop_ids
             )
-        for token, bias in sampling.logit_bias.items():
-            adjusted[i, token] += bias
-        if too_short:
-            adjusted[i, torch.tensor(sorted(row.seq.stop_ids), device=logits.device)] = float("-inf")
-    return adjusted if allowed is None else _masked(adjusted, upload(allowed, device=logits.device))
+            if not (sampling.logit_bias or sampling.has_penalties or too_short):
+                continue
+            if adjusted is logits:
+                adjusted = logits.clone()
+            asked = self._asked_by(row.seq, logits.device)
+            if sampling.has_penalties:
+                tokens, num_prompt = row.seq.tokens, row.seq.num_prompt
+                adjusted[i] = apply_penalties(
+                    adjusted[i],
+                    torch.tensor(tokens[:num_prompt], device=logits.device),
+                    torch.tensor(tokens[num_prompt:] + row.drafts, dtype=torch.int64, device=logits.device),
+                    repetition=sampling.repetition_penalty,
+                    presence=sampling.presence_penalty,
+                    frequency=sampling.frequency_penalty,
+                )
+            if sampling.logit_bias:
+                adjusted[i].index_add_(0, asked.bias_ids, asked.bias_values)
+            if too_short:
+                adjusted[i].index_fill_(0, asked.stop_ids, float("-inf"))
+        return adjusted if allowed is None else _masked(adjusted, upload(allowed, device=logits.device))
+
+    def _asked_by(self, seq: Sequence, device: torch.device) -> _Asked:
+        asked = self._asked.get(seq)
+        if asked is None:
+            asked = self._asked[seq] = _Asked(seq, device)
+        return asked
+
+
+class _Asked:
+    """What one sequence asks, on the device.
+
+    bias_ids: [B] int64, distinct; bias_values: [B] float32; stop_ids: [P] int64
+    """
+
+    def __init__(self, seq: Sequence, device: torch.device) -> None:
+        bias = seq.request.sampling.logit_bias
+        self.bias_ids = upload(list(bias), dtype=torch.int64, device=device)
+        self.bias_values = upload(list(bias.values()), dtype=torch.float32, device=device)
+        self.stop_ids = upload(sorted(seq.stop_ids), dtype=torch.int64, device=device)
 
 
 def _masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

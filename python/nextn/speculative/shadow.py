@@ -35,7 +35,7 @@ from nextn.protocol.sampling import TokenSampling
 from nextn.scheduler.kv_pages import KVPages
 from nextn.scheduler.sequence import Sequence
 from nextn.speculative.leader import Leader
-from nextn.speculative.logits import Row, adjust_logits
+from nextn.speculative.logits import LogitAdjuster, Row
 
 SLICE = 64
 """Tokens computed between two steps of the engine. A request that arrives waits for one slice at most."""
@@ -105,6 +105,7 @@ class ShadowCheck:
         self._pages = pages
         self._rate = rate
         self._leader = leader
+        self._adjuster = LogitAdjuster()
         self._clock = clock
         self._device = kv_cache.k.device
         self._tie = TIE[target.dtype]
@@ -220,7 +221,7 @@ class ShadowCheck:
     def _compare(self, check: _Check, logits: torch.Tensor, places: range) -> None:
         """Hold the output's tokens at ``places`` against the logits they came from, [len(places), V]."""
         rows = [Row(check.seq, check.output[:place]) for place in places]
-        logits = adjust_logits(logits, rows)
+        logits = self._adjuster.adjust(logits, rows)
         emitted = torch.tensor([check.output[place] for place in places], device=self._device)
         if check.seq.request.sampling.is_greedy:
             least, expected = logits.max(-1)
