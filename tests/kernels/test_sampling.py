@@ -89,9 +89,12 @@ def test_random_numbers_do_not_depend_on_the_batch() -> None:
 
 
 def test_penalties_follow_their_definitions() -> None:
-    logits = torch.tensor([1.0, -1.0, 2.0, 0.5, -0.5])
-    found = apply_penalties(
-        logits, torch.tensor([0, 1, 1]), torch.tensor([2, 2, 1]), repetition=2.0, presence=0.25, frequency=0.1
-    )
-    expected = [1.0 / 2, -1.0 * 2 - 0.25 - 0.1, 2.0 / 2 - 0.25 - 0.2, 0.5, -0.5]
+    logits = torch.tensor([[1.0, -1.0, 2.0, 0.5, -0.5]] * 2)
+    in_prompt = torch.tensor([True, True, False, False, False])
+    output_counts = torch.tensor([[0, 1, 2, 0, 0], [0, 0, 0, 0, 3]])
+    found = apply_penalties(logits, in_prompt, output_counts, repetition=2.0, presence=0.25, frequency=0.1)
+    expected = [
+        [1.0 / 2, -1.0 * 2 - 0.25 - 0.1, 2.0 / 2 - 0.25 - 0.2, 0.5, -0.5],
+        [1.0 / 2, -1.0 * 2, 2.0, 0.5, -0.5 * 2 - 0.25 - 0.3],
+    ]
     torch.testing.assert_close(found, torch.tensor(expected))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from nextn.protocol.messages import AddRequest
 from nextn.protocol.sampling import TokenSampling
@@ -17,16 +19,17 @@ VOCAB = 1200
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch's operations."""
+    """Counts torch's operations, and the elements of the largest tensor that one of them takes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num = 0
+        self.num = self.largest = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.num += 1
+        self.largest = max([self.largest, *(x.numel() for x in args if isinstance(x, torch.Tensor))])
         return func(*args, **(kwargs or {}))
 
 
@@ -55,6 +58,34 @@ def test_a_thousand_biases_take_as_many_operations_as_one() -> None:
         return operations.num
 
     assert num_operations(1000) == num_operations(1)
+
+
+@pytest.mark.parametrize("rule", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_prompt_is_read_once_for_penalties(rule: str) -> None:
+    seq = sequence([token % VOCAB for token in range(9 * VOCAB)], **{rule: 1.5})
+    adjuster, logits = LogitAdjuster(), torch.randn(4, VOCAB)
+    for _ in range(2):
+        with Operations() as operations:
+            adjuster.adjust(logits, rows_of(seq, [5, 6, 5]))
+        seq.append([7, 8])
+    assert operations.largest == logits.numel()
+
+
+def test_penalties_follow_a_sequence_as_it_grows() -> None:
+    repetition, presence, frequency = 1.5, 0.5, 0.25
+    seq = sequence([1, 1, 2], repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
+    adjuster, logits = LogitAdjuster(), torch.randn(3, VOCAB)
+    for new in ([], [4], [5, 5, 2], [6, 4]):
+        seq.append(new)
+        adjusted = adjuster.adjust(logits, rows_of(seq, [4, 7]))
+        for j, found in enumerate(adjusted):
+            counts = Counter([*seq.tokens[seq.num_prompt :], *[4, 7][:j]])
+            expected = logits[j].clone()
+            for token in {1, 2, *counts}:
+                value = expected[token]
+                value.copy_(value / repetition if value > 0 else value * repetition)
+                value -= frequency * counts[token] + presence * (counts[token] > 0)
+            torch.testing.assert_close(found, expected)
 
 
 def test_what_is_kept_of_a_sequence_ends_with_it() -> None:

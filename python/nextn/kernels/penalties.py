@@ -115,28 +115,30 @@ class LogitRules:
 
 def apply_penalties(
     logits: torch.Tensor,
-    prompt_tokens: torch.Tensor,
-    output_tokens: torch.Tensor,
+    in_prompt: torch.Tensor,
+    output_counts: torch.Tensor,
     *,
     repetition: float = 1.0,
     presence: float = 0.0,
     frequency: float = 0.0,
 ) -> torch.Tensor:
-    """Penalise tokens that stand in the context already.
+    """Penalise tokens that stand in a sequence's context already.
 
     repetition (Keskar et al., 2019): a seen token's logit is divided by it if positive, multiplied if negative;
         prompt and output count. presence and frequency (OpenAI): subtracted once, and once per occurrence, output only.
-    logits: [V] float32
-    prompt_tokens, output_tokens: [n] int64 token ids, repeats included
-    Returns [V] float32, a new tensor.
+    logits: [n, V] float32, rows of one sequence
+    in_prompt: [V] bool, read only by repetition
+    output_counts: [n, V] int32, how often each token stands in the output before the row
+    Returns [n, V] float32.
     """
-    vocab_size = logits.shape[0]
-    counts = torch.zeros(vocab_size, dtype=torch.int64, device=logits.device)
-    counts.index_add_(0, output_tokens, torch.ones_like(output_tokens))
     if repetition != 1.0:
-        seen = counts.bool().index_fill(0, prompt_tokens, True)
+        seen = (output_counts > 0) | in_prompt
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - frequency * counts - presence * (counts > 0)
+    if frequency:
+        logits = logits - frequency * output_counts
+    if presence:
+        logits = logits - presence * (output_counts > 0)
+    return logits
 
 
 def adjust_logits_by_slot(

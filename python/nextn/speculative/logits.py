@@ -7,6 +7,7 @@ the context that holds if the first j drafts are accepted, so every rule is exac
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import groupby
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -53,52 +54,83 @@ class LogitAdjuster:
         Returns [R, V] float32: ``logits`` itself if no row asks for anything, else a changed copy.
         """
         adjusted = logits
-        for i, row in enumerate(rows):
-            sampling = row.sampling
-            too_short = (
-                sampling.min_new_tokens
-                and row.seq.num_output + len(row.drafts) < sampling.min_new_tokens
-                and row.seq.stop_ids
-            )
-            if not (sampling.logit_bias or sampling.has_penalties or too_short):
+        end = 0
+        for seq, group in groupby(rows, key=lambda row: row.seq):
+            drafts = [row.drafts for row in group]
+            start, end = end, end + len(drafts)
+            sampling = seq.request.sampling
+            if not sampling.has_rules:
                 continue
             if adjusted is logits:
                 adjusted = logits.clone()
-            asked = self._asked_by(row.seq, logits.device)
+            asked = self._asked_by(seq, logits)
+            of_seq = adjusted[start:end]
             if sampling.has_penalties:
-                tokens, num_prompt = row.seq.tokens, row.seq.num_prompt
-                adjusted[i] = apply_penalties(
-                    adjusted[i],
-                    torch.tensor(tokens[:num_prompt], device=logits.device),
-                    torch.tensor(tokens[num_prompt:] + row.drafts, dtype=torch.int64, device=logits.device),
-                    repetition=sampling.repetition_penalty,
-                    presence=sampling.presence_penalty,
-                    frequency=sampling.frequency_penalty,
-                )
-            if sampling.logit_bias:
-                adjusted[i].index_add_(0, asked.bias_ids, asked.bias_values)
-            if too_short:
-                adjusted[i].index_fill_(0, asked.stop_ids, float("-inf"))
+                of_seq.copy_(asked.penalised(of_seq, seq, drafts))
+            for row, behind in zip(of_seq, drafts, strict=True):
+                if sampling.logit_bias:
+                    row.index_add_(0, asked.bias_ids, asked.bias_values)
+                if seq.num_output + len(behind) < sampling.min_new_tokens:
+                    row.index_fill_(0, asked.stop_ids, float("-inf"))
         return adjusted if allowed is None else _masked(adjusted, upload(allowed, device=logits.device))
 
-    def _asked_by(self, seq: Sequence, device: torch.device) -> _Asked:
+    def _asked_by(self, seq: Sequence, logits: torch.Tensor) -> _Asked:
         asked = self._asked.get(seq)
         if asked is None:
-            asked = self._asked[seq] = _Asked(seq, device)
+            asked = self._asked[seq] = _Asked(seq, logits.shape[1], logits.device)
         return asked
 
 
 class _Asked:
-    """What one sequence asks, on the device.
+    """What one sequence asks, and what its penalties read of its context, on the device.
 
     bias_ids: [B] int64, distinct; bias_values: [B] float32; stop_ids: [P] int64
     """
 
-    def __init__(self, seq: Sequence, device: torch.device) -> None:
-        bias = seq.request.sampling.logit_bias
+    def __init__(self, seq: Sequence, vocab_size: int, device: torch.device) -> None:
+        sampling = seq.request.sampling
+        bias = sampling.logit_bias
         self.bias_ids = upload(list(bias), dtype=torch.int64, device=device)
         self.bias_values = upload(list(bias.values()), dtype=torch.float32, device=device)
         self.stop_ids = upload(sorted(seq.stop_ids), dtype=torch.int64, device=device)
+        size = vocab_size if sampling.has_penalties else 0
+        self._in_prompt = torch.zeros(size, dtype=torch.bool, device=device)
+        self._output_counts = torch.zeros(size, dtype=torch.int32, device=device)
+        self._num_counted = seq.num_prompt
+        if sampling.repetition_penalty != 1.0:
+            self._in_prompt.index_fill_(0, upload(seq.tokens[: seq.num_prompt], device=device), True)
+
+    def penalised(self, logits: torch.Tensor, seq: Sequence, drafts: Rows[list[int]]) -> torch.Tensor:
+        """Apply penalties to the sequence's rows.
+
+        logits: [n, V] float32
+        drafts: those before each row, of which the first row's are the beginning of all
+        Returns [n, V] float32, a new tensor.
+        """
+        self._count(self._output_counts, seq.tokens[self._num_counted :])
+        self._num_counted = len(seq.tokens)
+        num_rows, vocab_size = logits.shape
+        counts = self._output_counts.clone()
+        self._count(counts, drafts[0])
+        counts = counts.repeat(num_rows, 1)
+        own = [j * vocab_size + token for j, row in enumerate(drafts) for token in row[len(drafts[0]) :]]
+        self._count(counts.view(-1), own)
+        sampling = seq.request.sampling
+        return apply_penalties(
+            logits,
+            self._in_prompt,
+            counts,
+            repetition=sampling.repetition_penalty,
+            presence=sampling.presence_penalty,
+            frequency=sampling.frequency_penalty,
+        )
+
+    @staticmethod
+    def _count(counts: torch.Tensor, tokens: list[int]) -> None:
+        """Add one for each token, in place."""
+        if tokens:
+            index = upload(tokens, device=counts.device)
+            counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
 
 
 def _masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
