@@ -6,16 +6,19 @@ import asyncio
 import gc
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import openai
 import pytest
+from nextn.errors import CheckpointError
 from nextn.server import chat_request
 from nextn.server.errors import MAX_MESSAGE_LEN, MAX_PARAM_LEN, invalid
 from nextn.server.http_protocol import MAX_HEADER_BYTES
 from nextn.server.requests import ChatRequest
+from nextn.server.sampling import SamplingDefaults
 
 from tests.server.conftest import MODEL, App, AppFactory
 from tests.server.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, Behaviour
@@ -558,3 +561,18 @@ def test_more_choices_than_can_ever_run_and_wait_are_a_400(make_app: AppFactory)
     app = make_app("--max-running-requests", "2", "--max-queued-requests", "1")
     check_error(app.http.post(COMPLETIONS, json={"prompt": "x", "n": 4}), 400, "prompt", "invalid_value")
     check_error(app.http.post(GENERATE, json={"text": ["x"] * 4}), 400, "text", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ('{"top_p": 0}', "found temperature 1 and top_p 0, expected"),
+        ('{"temperature": -1}', "found temperature -1 and top_p 1, expected"),
+        ('{"temperature": NaN}', "found temperature nan and top_p 1, expected"),
+        ("[]", "cannot be read"),
+    ],
+)
+def test_defaults_that_no_request_can_have_are_refused_at_start(given: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(given)
+    with pytest.raises(CheckpointError, match=complaint):
+        SamplingDefaults.from_checkpoint(str(tmp_path))

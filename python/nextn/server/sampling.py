@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +35,19 @@ class SamplingDefaults:
             return cls()
         try:
             given = json.loads(path.read_text())
-            return cls(
+            found = cls(
                 temperature=float(_first(given.get("temperature"), 1.0)),
                 top_p=float(_first(given.get("top_p"), 1.0)),
                 top_k=max(int(_first(given.get("top_k"), 0)), 0),
             )
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); correct it or remove it") from None
+        if not (0 <= found.temperature < math.inf and 0 < found.top_p <= 1):
+            raise CheckpointError(
+                f"{path}: found temperature {found.temperature:g} and top_p {found.top_p:g}, expected a temperature of "
+                "0 or more and a top_p above 0, at most 1; correct it or remove it"
+            )
+        return found
 
 
 def _first(*values: float | None) -> float:
