@@ -262,13 +262,14 @@ def test_padded_sizes_waste_little_and_reach_the_largest() -> None:
             assert next(size for size in sizes if size >= num) <= 1.5 * num
 
 
+@pytest.mark.parametrize("num_drafts", [0, 1])
 @pytest.mark.parametrize("decode_on_device", [False, True])
 def test_the_policy_learns_beside_a_request_that_drafts_a_number_of_its_own(
-    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, decode_on_device: bool
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, decode_on_device: bool, num_drafts: int
 ) -> None:
     engine = make_engine(num_draft_steps=None, decode_on_device=decode_on_device, max_running_requests=3)
     told: list[int] = []
-    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: 1)
+    monkeypatch.setattr(DraftLengthPolicy, "choose", lambda *_, **__: num_drafts)
     monkeypatch.setattr(
         DraftLengthPolicy,
         "observe",
@@ -277,7 +278,7 @@ def test_the_policy_learns_beside_a_request_that_drafts_a_number_of_its_own(
     seeded = request("seeded", [5, 6], 40, temperature=0.8, has_own_seed=True)
     run_all(engine, [request("a", [5, 6, 7], 100), request("b", [8, 9], 100), seeded])
     assert len(told) > 5
-    assert set(told) == {1}
+    assert set(told) == {num_drafts}
 
 
 def test_the_policy_hears_what_it_takes_to_make_up_for_missing_entries(
