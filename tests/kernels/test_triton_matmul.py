@@ -9,6 +9,7 @@ import torch
 from nextn.kernels import gpu, matmul
 from nextn.kernels.fp8_dequantize import dequantize
 from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel, quantize_per_group, quantize_per_token
+from nextn.kernels.linear import Rows, linear, store_weight
 from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.matmul_config import MAX_TILES, choose_config, num_tiles
 
@@ -247,3 +248,14 @@ def test_batch_invariance_cuts_every_batch_alike() -> None:
     configs = {choose_config(m, 4096, 12288, batch_invariant=True, **W8A8) for m in (1, 16, 65, 4096)}
     assert len(configs) == 1
     assert configs.pop().split_k == 1
+
+
+def test_a_weight_that_is_quantized_alone_takes_its_input_wide(device: torch.device) -> None:
+    """Also beside others, for which its input was quantized."""
+    x = torch.randn(3, 64, dtype=torch.bfloat16, device=device)
+    codes, scale = quantize_per_channel(torch.randn(32, 64, device=device))
+    weight = store_weight(codes, None, scale, None, batch_invariant=False, quantizes_input=False)
+    spoilt = Rows(torch.zeros_like(x).to(torch.float8_e4m3fn), torch.ones(3, 1, device=device), x, x.dtype)
+    assert torch.equal(linear(spoilt, weight), linear(x, weight))
+    exact = x.double() @ (codes.double() * scale.double()).t()
+    assert float((linear(x, weight).double() - exact).norm() / exact.norm()) < 0.005

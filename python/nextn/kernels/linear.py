@@ -237,12 +237,10 @@ def _stored(
 
 def _operand(x: torch.Tensor | Rows, weight: StoredWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x as the product takes it, and its scale where it is quantized."""
-    if weight.scale is None:
+    if not weight.quantizes_input:
         wide = x.wide if isinstance(x, Rows) else x
-        assert wide is not None, "an unquantized weight wants its input wide"
+        assert wide is not None, "the weight wants its input wide"
         return wide, None
     if isinstance(x, Rows):
         return x.q, x.scale
-    if not weight.quantizes_input:
-        return x, None
     return quantize_per_token(x) if weight.block is None else quantize_per_group(x, weight.block[1])

@@ -69,7 +69,7 @@ class MLP(nn.Module):
         return sum_over_ranks(self.tp, partial(self.term, x), residual)
 
     def term(self, x: torch.Tensor | Rows, residual: torch.Tensor | None) -> torch.Tensor:
-        """This rank's term of mlp(x), plus residual."""
+        """This rank's term of mlp(x), plus residual. x, residual: [T, H]. Returns [T, H]."""
         if self.packed is not None and isinstance(x, torch.Tensor):
             return dense_mlp(x, self.packed, residual)
         gate_up, wanted = self.gate_up_proj.forward(x), self.down_proj.input_format
