@@ -165,10 +165,12 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", type=int, required=True, help="compute capability, such as 90")
     parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--wide", action="store_true", help="with activations that are not quantized")
     options = parser.parse_args(arguments)
     driver.set_active(Card(options.arch))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(figures, launches(options.only, has_fp8_units=options.arch >= 89, pool=pool))
+        quantizes = options.arch >= 89 and not options.wide
+        yield from pool.map(figures, launches(options.only, has_fp8_units=quantizes, pool=pool))
 
 
 if __name__ == "__main__":

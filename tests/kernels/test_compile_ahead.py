@@ -20,10 +20,13 @@ TWO_REGISTERS = 8
 processor; nowhere else anything may."""
 
 
-def compiled(arch: int, cache: Path) -> list[dict[str, Any]]:
-    """Figures of each kernel; see compile_ahead. In a process of its own, since here kernels may be interpreted."""
+def compiled(arch: int, cache: Path, *options: str) -> list[dict[str, Any]]:
+    """Figures of each kernel. In a process of its own, since here kernels may be interpreted.
+
+    options: see compile_ahead
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch)]
+    command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--arch", str(arch), *options]
     ran = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -60,6 +63,20 @@ def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
             assert one[{90: "uses_wgmma", 100: "uses_tcgen05"}.get(arch, "uses_mma")], one
         if one["kernel"] == "_matmul" and one["constants"]["HAS_X_SCALE"]:
             assert one["multiplies_fp8"], one
+
+
+@pytest.mark.timeout(900)
+def test_products_of_codes_and_wide_activations_are_as_good_on_cards_that_multiply_fp8(tmp_path: Path) -> None:
+    """For checkpoints that quantize weights only."""
+    pytest.importorskip("triton")
+    kernels = compiled(90, tmp_path, "--wide", "--only", "matmul")
+    assert {one["kernel"] for one in kernels} == {"_matmul", "_expert_matmul"}
+    for one in kernels:
+        assert "error" not in one, one
+        assert one["shared_bytes"] <= SHARED_MEMORY[90], one
+        assert (one["stack_bytes"], one["spills_in_loops"], one["late_copies"]) == (0, 0, 0), one
+        assert one["uses_wgmma"], one
+        assert not one["multiplies_fp8"], one
 
 
 SASS = """

@@ -16,7 +16,6 @@ from tests.kernels.published.common import Call, of, scales
 
 
 def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[Call]:
-    """Whether activations are quantized is the kernels' own choice, by what they are told of the card."""
     hidden, top_k = config.hidden_size, config.num_experts_per_tok
     x, ids, weights = of(tokens, hidden), of(tokens, top_k, dtype=torch.int64), scales(tokens, top_k)
     gate, counters = scales(config.n_routed_experts, hidden), of(MAX_TOKEN_TILES, dtype=torch.int32)
@@ -37,7 +36,7 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
             ),
         )
     for ranks in (1, 8):
-        for case, experts in _stacks(config, config.moe_intermediate_size // ranks):
+        for case, experts in _stacks(config, config.moe_intermediate_size // ranks, has_fp8_units):
             for invariant in (False, True):
                 yield (
                     f"experts {case}, {ranks} ranks, batch_invariant {invariant}",
@@ -47,14 +46,21 @@ def launches(config: ModelConfig, tokens: int, has_fp8_units: bool) -> Iterator[
                 )
 
 
-def _stacks(config: ModelConfig, inner: int) -> Iterator[tuple[str, StackedExperts]]:
+def _stacks(config: ModelConfig, inner: int, has_fp8_units: bool) -> Iterator[tuple[str, StackedExperts]]:
     hidden, routed = config.hidden_size, config.n_routed_experts
     e = routed + 1
     w13, w2 = (e, 2 * inner, hidden), (e, hidden, inner)
     yield (
         "per channel",
         StackedExperts(
-            of(*w13, dtype=FP8), scales(e, 2 * inner, 1), of(*w2, dtype=FP8), scales(e, hidden, 1), None, routed, True
+            of(*w13, dtype=FP8),
+            scales(e, 2 * inner, 1),
+            of(*w2, dtype=FP8),
+            scales(e, hidden, 1),
+            None,
+            routed,
+            True,
+            has_fp8_units,
         ),
     )
     block = (128, 128) if inner % 128 == 0 else (64, 64) if inner % 64 == 0 else (16, 128)
@@ -63,6 +69,8 @@ def _stacks(config: ModelConfig, inner: int) -> Iterator[tuple[str, StackedExper
     w2_blocks = scales(e, -(-hidden // block_n), -(-inner // block_k))
     yield (
         "per block",
-        StackedExperts(of(*w13, dtype=FP8), w13_blocks, of(*w2, dtype=FP8), w2_blocks, block, routed, True),
+        StackedExperts(
+            of(*w13, dtype=FP8), w13_blocks, of(*w2, dtype=FP8), w2_blocks, block, routed, True, has_fp8_units
+        ),
     )
     yield "unquantized", StackedExperts(of(*w13), None, of(*w2), None, None, routed, True)
