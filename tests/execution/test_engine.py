@@ -59,6 +59,22 @@ def test_greedy_output_does_not_depend_on_drafts_or_batching(
     assert (engine.stats().num_verify_passes > 0) == (num_drafts != 0)
 
 
+def test_the_policy_is_not_told_that_drafting_takes_what_catching_up_does(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that drafts after some that did not makes their entries as well."""
+    for num_idle, is_told in ((3, True), (9, False)):
+        engine = make_engine(num_draft_steps=None)
+        choices = itertools.chain([1, 1], [0] * num_idle, [2], itertools.repeat(1))
+        told: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(DraftLengthPolicy, "choose", lambda *_, choices=choices, **__: next(choices))
+            patch.setattr(DraftLengthPolicy, "observe", lambda self, n, k, *_, told=told, **__: told.append(k))
+            run_all(engine, [request("a", [5, 6, 7], 40)])
+        assert (2 in told) == is_told
+        assert told.count(0) >= num_idle
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 64])
 def test_greedy_output_does_not_depend_on_where_chunks_end(
     make_engine: EngineFactory, plain_outputs: dict[str, list[int]], chunk: int

@@ -101,6 +101,45 @@ def test_steps_that_make_the_draft_layer_ready_count_as_what_a_try_costs() -> No
     assert gaps[0] < 1000 < gaps[1]
 
 
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize("what", ["contexts that grow", "steps that are held up"])
+def test_what_changes_the_length_of_every_step_does_not_mislead_it(what: str, acceptance: float) -> None:
+    """As fast as the best fixed number under the same conditions, but for 3 %."""
+
+    def speed(policy: DraftLengthPolicy | None, k: int, num_steps: int = 1500) -> float:
+        rng, luck = random.Random(1), random.Random(2)
+        seconds, tokens = 0.0, 0
+        for step in range(num_steps):
+            k = k if policy is None else policy.choose(4)
+            taken = 1 + 0.1 * k + (0.01 * (step % 200) if what == "contexts that grow" else 0)
+            taken *= rng.uniform(0.95, 1.05) * (rng.uniform(1.5, 5) if rng.random() < 0.1 and "held" in what else 1)
+            for _ in range(4):
+                accepted = 0
+                while accepted < k and luck.random() < acceptance:
+                    accepted += 1
+                tokens += accepted + 1
+                if policy is not None:
+                    policy.observe_acceptance(k, accepted)
+            if policy is not None:
+                policy.observe(4, k, taken)
+            seconds += taken
+        return tokens / seconds
+
+    best = max(speed(None, k) for k in range(MAX_DRAFTS + 1))
+    assert speed(DraftLengthPolicy(MAX_DRAFTS), 0) >= 0.97 * best
+
+
+def test_what_holds_a_few_steps_up_is_not_taken_for_the_price_of_a_number() -> None:
+    """The first tries of each number do not follow each other."""
+    policy = DraftLengthPolicy(MAX_DRAFTS)
+    for _ in range(2 * (MAX_DRAFTS + 1)):
+        k = policy.choose(1)
+        held_up = 4.0 if sum(policy._costs_at(1, False).num_seen) < 4 else 1.0
+        policy.observe(1, k, (1 + 0.05 * k) * held_up)
+        policy.observe_acceptance(k, k)
+    assert policy.best(1) == MAX_DRAFTS
+
+
 def test_one_slow_step_does_not_change_its_mind() -> None:
     policy = DraftLengthPolicy(MAX_DRAFTS)
     simulate(policy, 0.9, 0.1, 1, 500)

@@ -313,12 +313,15 @@ def _tell_time(
     if decoding and not chosen:
         return
     has_fixed, num_drafts = len(chosen) < len(decoding), max(chosen, default=0)
-    lags = any(
-        decision.num_draft_computed != extend.seq.num_draft_computed
+    made_entries = any(
+        # A step that drafts makes those of the chain before, too.
+        extend.start - extend.seq.num_draft_computed > policy.max_drafts
+        if num_drafts
+        else decision.num_draft_computed != extend.seq.num_draft_computed
         for extend, decision in decoding
         if not extend.seq.needs_fixed_drafts
     )
-    if len(set(chosen)) > 1 or (lags and not num_drafts):
+    if len(set(chosen)) > 1 or made_entries:
         policy.observe_catching_up(len(decoding), seconds, num_prompt_tokens, has_fixed=has_fixed)
     elif is_usual:
         policy.observe(len(decoding), num_drafts, seconds, num_prompt_tokens, has_fixed=has_fixed)

@@ -5,6 +5,10 @@ accepted if the ones before it were. Both the a_j and what a step costs at this 
 serving; the best k maximises tokens per second. Now and then another k is tried, so that neither goes stale: the
 dearer the try, the rarer.
 
+Steps also grow longer or shorter for reasons that have nothing to do with k: contexts grow, clocks change, a neighbour
+computes. So a step's seconds are a pace times what is k's own. The pace follows every step, whatever its k; and a k
+that was timed long ago is judged at the pace of today.
+
 Under load most steps compute prompts beside the decoding sequences. What a prompt token takes is measured as well, and
 taken off, so that such steps teach too.
 """
@@ -12,6 +16,7 @@ taken off, so that such steps teach too.
 from __future__ import annotations
 
 from itertools import accumulate
+from math import exp, log
 from operator import mul
 
 PROMPT_MEMORY = 256
@@ -35,9 +40,17 @@ MAX_PROBE_TRIES = 8
 UNTIMED_REST = 64
 """Steps until a k whose tries could not be timed is tried again."""
 
-COST_MEMORY = 0.1
+PACE_MEMORY = 0.2
+SPREAD_MEMORY = 0.05
 RATE_MEMORY = 0.005
-"""Weights of one new observation in the running means of a step's seconds and of an acceptance."""
+"""Weights of one new observation in the running means of the pace, of how far off steps are, and of an acceptance."""
+
+MAX_STEPS_SEEN = 50
+"""What is a k's own is the mean of so many steps, and from then on a running one."""
+
+FIRST_SPREAD, MIN_SPREAD = 0.1, 0.02
+MAX_SPREADS = 2.0
+"""A step that is off by more than so many times what is usual was held up by something else, and counts as that."""
 
 FIRST_GUESS = 0.7
 GUESS_WEIGHT = 4
@@ -54,7 +67,7 @@ TRAFFIC_MEMORY = 0.01
 """Weight of one step in the prompt tokens per generated token."""
 
 OUTLIER = 3.0
-"""A step this many times as long as usual was held up by something else; its length counts as this at most."""
+"""Prompts that take this many times as long as usual were held up by something else, and count as this at most."""
 
 
 class DraftLengthPolicy:
@@ -104,7 +117,7 @@ class DraftLengthPolicy:
         untried = [k for k in ((0, best) if costs.guess else range(self.max_drafts, -1, -1)) if not costs.trusts(k)]
         if untried and costs.untimed < MAX_PROBE_TRIES:
             costs.untimed += 1
-            return untried[0]
+            return min(untried, key=lambda k: costs.num_seen[k])  # in turn: what holds one up has then passed
         if untried:
             costs.untimed, costs.chosen, costs.steps_until_review = 0, best, UNTIMED_REST
             return best
@@ -216,7 +229,7 @@ class DraftLengthPolicy:
 
 
 class _StepCosts:
-    """Running means of a step's seconds by number of drafts, at one batch size.
+    """What steps take by number of drafts, at one batch size.
 
     guess: those of a similar batch, or None; scaled by the nearest k measured here, they stand in for what was not
         measured
@@ -227,10 +240,13 @@ class _StepCosts:
     def __init__(self, max_drafts: int, guess: _StepCosts | None) -> None:
         self.guess = guess
         self.untimed = 0
-        self.seconds = [0.0] * (max_drafts + 1)
         self.num_seen = [0] * (max_drafts + 1)
         self.chosen = 0
         self.steps_until_review = 0
+        # Logarithms: of the pace, of what is each k's own, and the mean distance of a step from their sum.
+        self._pace = 0.0
+        self._own = [0.0] * (max_drafts + 1)
+        self._spread = FIRST_SPREAD
 
     @property
     def is_complete(self) -> bool:
@@ -243,19 +259,25 @@ class _StepCosts:
     def estimate(self, k: int) -> float:
         """Seconds of a step with k drafts; infinite if there is nothing to go by."""
         if self.num_seen[k]:
-            return self.seconds[k]
+            return exp(self._pace + self._own[k])
         if self.guess is None:
             return float("inf")
         measured = [other for other, num_seen in enumerate(self.num_seen) if num_seen]
         nearest = min(measured, key=lambda other: abs(other - k), default=None)
-        scale = 1.0 if nearest is None else self.seconds[nearest] / self.guess.estimate(nearest)
+        scale = 1.0 if nearest is None else self.estimate(nearest) / self.guess.estimate(nearest)
         return self.guess.estimate(k) * scale
 
     def update(self, k: int, seconds: float) -> None:
         self.untimed = 0
         self.num_seen[k] += 1
+        off = log(seconds) - self._pace - self._own[k]
         if self.num_seen[k] <= TRIES_AT_FIRST:
             # The first tries warm caches up: the fastest says most.
-            self.seconds[k] = min(self.seconds[k], seconds) if self.num_seen[k] > 1 else seconds
-        else:
-            self.seconds[k] += COST_MEMORY * (min(seconds, OUTLIER * self.seconds[k]) - self.seconds[k])
+            self._own[k] += off if self.num_seen[k] == 1 else min(off, 0.0)
+            return
+        # What a k does not know of itself yet is its own; of one that is known, what changes is the pace.
+        off = max(-MAX_SPREADS * self._spread, min(off, MAX_SPREADS * self._spread))
+        self._spread = max(MIN_SPREAD, self._spread + SPREAD_MEMORY * (abs(off) - self._spread))
+        share = 1 / min(self.num_seen[k], MAX_STEPS_SEEN)
+        self._own[k] += share * off
+        self._pace += PACE_MEMORY * (1 - share) * off
