@@ -192,6 +192,51 @@ def test_a_field_that_is_null_is_a_field_that_is_absent(app: App) -> None:
     assert response.status_code == 200, response.text
 
 
+NEUTRAL: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"continue_final_message": False, "stream_reasoning": True, "return_hidden_states": False}),
+    (CHAT, {"logprobs": False, "top_logprobs": 0, "spaces_between_special_tokens": True}),
+    ("/v1/completions", {"return_hidden_states": False, "spaces_between_special_tokens": False}),
+    ("/generate", {"lora_path": None, "return_logprob": False, "return_routed_experts": False, "image_data": None}),
+    ("/generate", {"return_hidden_states": False}),
+]
+"""What sglang's load generator and its router put into every request."""
+
+VALID: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": HELLO, "max_tokens": 4, "seed": 1},
+    "/v1/completions": {"prompt": "hello", "max_tokens": 4, "seed": 1},
+    "/generate": {"text": "hello", "sampling_params": {"max_new_tokens": 4, "seed": 1}},
+}
+
+
+@pytest.mark.parametrize(("path", "fields"), NEUTRAL, ids=str)
+def test_fields_that_ask_for_nothing_change_nothing(app: App, path: str, fields: dict[str, Any]) -> None:
+    for body in (VALID[path], {**VALID[path], **fields}):
+        response = app.http.post(path, json=body)
+        assert response.status_code == 200, response.text
+    plain, sent = app.added
+    assert (sent.input_ids, sent.sampling, sent.num_top_logprobs) == (plain.input_ids, plain.sampling, None)
+
+
+@pytest.mark.parametrize(("path", "fields"), NEUTRAL, ids=str)
+def test_what_they_could_ask_for_is_refused_in_words(app: App, path: str, fields: dict[str, Any]) -> None:
+    known = {"continue_final_message", "stream_reasoning", "return_hidden_states", "return_routed_experts"}
+    for name in known & set(fields):
+        response = app.http.post(path, json={**VALID[path], name: not fields[name]})
+        check_error(response, 400, name, "unsupported_parameter")
+        assert f"as {str(fields[name]).lower()} only" in response.json()["error"]["message"]
+
+
+def test_messages_may_have_a_type_and_ask_to_be_cached(app: App) -> None:
+    """As lm-eval and Responses clients send them, and as proxies in front of Anthropic's clients do."""
+    expected = raw_prompt(app)
+    for asked in ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}):
+        parts = [{"type": "text", "text": HELLO[-1]["content"], "cache_control": asked}]
+        assert raw_prompt(app, messages=[*HELLO[:-1], {**HELLO[-1], "content": parts}]) == expected
+        assert raw_prompt(app, messages=[{**message, "cache_control": asked} for message in HELLO]) == expected
+    for kind in ("text", "message"):
+        assert raw_prompt(app, messages=[{**message, "type": kind} for message in HELLO]) == expected
+
+
 def test_do_sample_false_is_greedy_whatever_the_temperature(app: App) -> None:
     raw_prompt(app, do_sample=False, temperature=0.7)
     raw_prompt(app, do_sample=True, temperature=0.7)

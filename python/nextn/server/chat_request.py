@@ -47,7 +47,7 @@ def check_supported(asked: ChatRequest) -> None:
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         message = "'response_format.json_schema' belongs to the type 'json_schema', and to no other."
         raise invalid(message, "response_format.json_schema", "invalid_value")
-    if asked.top_logprobs is not None and not asked.logprobs:
+    if asked.top_logprobs and not asked.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs", "invalid_value")
     for name in ("max_tokens", "max_completion_tokens"):
         if getattr(asked, name) == 0:

@@ -19,6 +19,7 @@ from nextn.server.errors import invalid
 from nextn.server.generating import Choice, Piece, Plan, generate
 from nextn.server.grammar import own_grammar
 from nextn.server.logprobs import TokenText, native_logprobs, native_top_logprobs
+from nextn.server.neutral import check_neutral
 from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import MAX_BATCH, is_batch, maybe_in_thread, read_prompts
@@ -124,6 +125,7 @@ def _token_batches(tokens: Sequence[int | list[int]]) -> tuple[list[list[int]], 
 
 async def _plan(services: Services, asked: GenerateRequest, is_gone: IsGone) -> tuple[Plan, bool]:
     """Check the request against every limit; also says whether one object answers it."""
+    check_neutral(asked)
     if (asked.text is None) == (asked.input_ids is None):
         raise invalid("Give exactly one of 'text' and 'input_ids'.", "text", "invalid_value")
     given, param = (asked.text, "text") if asked.text is not None else (asked.input_ids, "input_ids")

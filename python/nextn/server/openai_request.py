@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from nextn.server.errors import invalid, unsupported
+from nextn.server.neutral import check_neutral
 from nextn.server.requests import OpenAIRequest
 
 T = TypeVar("T")
@@ -13,6 +14,7 @@ T = TypeVar("T")
 
 def check_common(asked: OpenAIRequest) -> None:
     """Refuse what no OpenAI endpoint of this server does."""
+    check_neutral(asked)
     if asked.store:
         raise unsupported("'store' is not supported: this server keeps no answers; leave it out.", "store")
     if asked.service_tier not in (None, "auto", "default"):

@@ -33,6 +33,7 @@ class SamplingFields(_Strict, kw_only=True, frozen=True):
     top_k: -1 or 0 keeps all tokens
     json_schema, regex, ebnf: what the output must follow, at most one of them; a schema may come as a string of JSON
     no_stop_trim, include_stop_str_in_output: two names for leaving the stop string in the text
+    spaces_between_special_tokens: of slow tokenizers; fast ones, such as every model's here, decode alike either way
     """
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -48,6 +49,7 @@ class SamplingFields(_Strict, kw_only=True, frozen=True):
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     include_stop_str_in_output: bool | None = None
     json_schema: str | dict[str, Any] | bool | None = None
@@ -68,6 +70,7 @@ class OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
 
     return_spec_steps: the answer says per step how many tokens were drafted, accepted and emitted
     user, metadata, safety_identifier, prompt_cache_key: labels, which ask for nothing that changes an answer
+    return_hidden_states: one of ``neutral.NEUTRAL``
     """
 
     model: str | None = None
@@ -80,6 +83,7 @@ class OpenAIRequest(SamplingFields, kw_only=True, frozen=True):
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     rid: Rid | None = None
     return_spec_steps: bool | None = None
+    return_hidden_states: bool | None = None
     user: str | None = None
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
     safety_identifier: str | None = None
@@ -99,14 +103,14 @@ class CompletionRequest(OpenAIRequest, kw_only=True, frozen=True):
 
 
 class CacheControl(_Strict, kw_only=True, frozen=True):
+    """Asks that the prompt up to here be cached, as every prompt is: for as long as there is room, whatever ``ttl``."""
+
     type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
 
 
 class ContentPart(_Strict, kw_only=True, frozen=True):
-    """A piece of a message. Only ``text`` is served; the rest is known so that the refusal can name the type.
-
-    cache_control: asks that the prompt up to here be cached, as every prompt is
-    """
+    """A piece of a message. Only ``text`` is served; the rest is known so that the refusal can name the type."""
 
     type: str
     text: str | None = None
@@ -134,6 +138,7 @@ class Message(_Strict, kw_only=True, frozen=True):
     """One message. The fields after ``name`` are what clients send back from earlier answers, unused.
 
     reasoning: another name for reasoning_content
+    type: what lm-eval calls every message, and OpenAI's other API calls it
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -143,6 +148,8 @@ class Message(_Strict, kw_only=True, frozen=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    cache_control: CacheControl | None = None
+    type: Literal["text", "message"] | None = None
     refusal: str | None = None
     annotations: Unread = msgspec.field(default_factory=Unread)
     audio: None = None
@@ -218,6 +225,7 @@ class ChatRequest(OpenAIRequest, kw_only=True, frozen=True):
     reasoning_effort: GLM-4 thinks or does not: ``none`` turns thinking off, all else leaves it on
     request_id, user_id, do_sample, tool_stream: of the API of GLM's makers: rid, user, false for temperature 0, and
         true for arguments of tool calls that are streamed as they come
+    continue_final_message, stream_reasoning: of ``neutral.NEUTRAL``
     audio and what follows it: known so that the refusal can say what to do instead
     """
 
@@ -239,6 +247,8 @@ class ChatRequest(OpenAIRequest, kw_only=True, frozen=True):
     user_id: str | None = None
     do_sample: bool | None = None
     tool_stream: bool | None = None
+    continue_final_message: bool | None = None
+    stream_reasoning: bool | None = None
     audio: Unread = msgspec.field(default_factory=Unread)
     function_call: Unread = msgspec.field(default_factory=Unread)
     functions: Unread = msgspec.field(default_factory=Unread)
@@ -260,7 +270,8 @@ class GenerateRequest(_Strict, kw_only=True, frozen=True):
     """``POST /generate``: one prompt, or a batch of them, as text or as token ids.
 
     logprob_start_len: -1 returns logprobs of the output only, p ≥ 0 also of the prompt from position p on
-    image_data, lora_path: known because load generators send them empty
+    image_data, lora_path, return_hidden_states, return_routed_experts: known because load generators and routers send
+        them empty or false
     """
 
     text: str | list[str] | None = None
@@ -276,6 +287,8 @@ class GenerateRequest(_Strict, kw_only=True, frozen=True):
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     image_data: None = None
     lora_path: None = None
+    return_hidden_states: bool | None = None
+    return_routed_experts: bool | None = None
 
 
 class TokenizeRequest(_Strict, kw_only=True, frozen=True):
