@@ -79,10 +79,12 @@ def test_models_lists_the_served_model(app: App) -> None:
     assert card.id == MODEL
     assert app.openai.models.retrieve(MODEL).id == MODEL
     assert card.max_model_len == CONTEXT_LENGTH  # type: ignore[attr-defined]
+    assert card.root == app.services.model_path  # type: ignore[attr-defined]
 
 
 def test_model_info_describes_the_model(app: App) -> None:
     info = app.http.get("/get_model_info").json()
+    assert app.http.get("/model_info").json() == info
     assert info["model_path"] == app.services.model_path
     assert info["served_model_name"] == MODEL
     assert info["vocab_size"] == VOCAB_SIZE
@@ -97,6 +99,16 @@ def test_server_info_has_arguments_and_statistics_but_no_key(make_app: AppFactor
     assert info["stats"]["page_size"] == 16
     assert info["stream_interval"] == 1
     assert "secret" not in response.text
+
+
+def test_server_info_is_found_where_load_generators_look(app: App) -> None:
+    """As sglang's: by its old and its new path, with the tokenizer, and the accept length since the start."""
+    for path in ("/get_server_info", "/server_info"):
+        info = app.http.get(path).json()
+        assert info["tokenizer_path"] == info["model_path"] == app.services.model_path
+        assert info["internal_states"] == [{"avg_spec_accept_length": info["stats"]["accept_length"] or None}]
+    app.http.post("/generate", json={"text": "x"})
+    assert app.http.get("/server_info").json()["internal_states"] == [{"avg_spec_accept_length": 2}]
 
 
 def test_load_counts_running_requests(app: App) -> None:

@@ -34,6 +34,8 @@ ENDPOINTS = [
     ("GET", "/health"),
     ("GET", "/health_generate"),
     ("GET", "/metrics"),
+    ("GET", "/model_info"),
+    ("GET", "/server_info"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model_id}"),
     ("POST", "/abort_request"),

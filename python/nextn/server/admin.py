@@ -74,10 +74,12 @@ def router(services: Services) -> APIRouter:
             raise model_not_found(model_id, services.served_model_name)
         return json_response(_model_card(services))
 
+    @routes.get("/model_info", operation_id="model_info", **documented(None, 503))
     @routes.get("/get_model_info", **documented(None, 503))
     async def get_model_info() -> Response:
         return json_response(_model_info(services, engine.require_ready()))
 
+    @routes.get("/server_info", operation_id="server_info", **documented(None, 503))
     @routes.get("/get_server_info", **documented(None, 503))
     async def get_server_info() -> Response:
         info = await engine.get_info()
@@ -159,13 +161,13 @@ def _found_no_room(error: BaseException | None) -> bool:
 
 
 def _model_card(services: Services) -> dict[str, Any]:
-    name = services.served_model_name
+    """``root`` is where load generators look for the tokenizer."""
     card: dict[str, Any] = {
-        "id": name,
+        "id": services.served_model_name,
         "object": "model",
         "created": services.created,
         "owned_by": "nextn",
-        "root": name,
+        "root": _paths(services)["model_path"],
     }
     if services.engine.ready is not None:
         card["max_model_len"] = services.engine.ready.context_length
@@ -174,8 +176,7 @@ def _model_card(services: Services) -> dict[str, Any]:
 
 def _model_info(services: Services, ready: EngineReady) -> dict[str, Any]:
     return {
-        "model_path": services.args.model_path or services.model_path,
-        "tokenizer_path": services.args.tokenizer_path or services.model_path,
+        **_paths(services),
         "served_model_name": services.served_model_name,
         "is_generation": True,
         "context_length": ready.context_length,
@@ -187,14 +188,27 @@ def _model_info(services: Services, ready: EngineReady) -> dict[str, Any]:
     }
 
 
+def _paths(services: Services) -> dict[str, Any]:
+    """Where the model and its tokenizer are, as they were asked for."""
+    return {
+        "model_path": services.args.model_path or services.model_path,
+        "tokenizer_path": services.args.tokenizer_path or services.model_path,
+    }
+
+
 def _server_info(services: Services, info: dict[str, Any]) -> dict[str, Any]:
-    """The arguments (keys hidden), the engine's own account, and its statistics."""
+    """The arguments (keys hidden), the engine's own account, and its statistics.
+
+    internal_states: where sglang's load generators look for the accept length, at the end of a run
+    """
     stats = services.engine.stats
     return {
         **services.args.redacted(),
+        **_paths(services),
         "version": version(),
         "status": EngineState.READY.value,
         "served_model_name": services.served_model_name,
         "engine": info,
         "stats": {**msgspec.structs.asdict(stats), "accept_length": stats.accept_length},
+        "internal_states": [{"avg_spec_accept_length": stats.accept_length or None}],
     }
