@@ -245,8 +245,11 @@ def test_the_override_names_the_method_of_a_donor_that_declares_none(
     assert expected.draft is not None
     o_projs = [one.block.self_attn.o_proj.weight for one in (loaded.draft, expected.draft)]
     torch.testing.assert_close(*o_projs, rtol=1e-6, atol=0)
-    with pytest.raises(QuantizationError, match=r"q_proj\.weight: holds float8_e4m3fn codes, but it is declared unq"):
+    with pytest.raises(
+        QuantizationError, match=r"q_proj\.weight: holds float8_e4m3fn codes, but it is declared unq"
+    ) as told:
         load(target, donor)
+    assert str(told.value).endswith(", or pass --speculative-draft-model-quantization compressed-tensors")
 
 
 def test_blocks_that_nothing_declares_are_of_128(tmp_path: Path) -> None:

@@ -177,6 +177,47 @@ def test_a_wanted_method_must_be_the_checkpoints(tmp_path: Path) -> None:
         load(folder, quantization="fp8")
 
 
+@pytest.mark.parametrize(
+    ("quant", "method", "other"),
+    [("channel", "compressed-tensors", "fp8"), ("tensor_static", "fp8", None), ("tensor", "compressed-tensors", None)],
+)
+def test_a_wanted_method_is_that_of_weights_which_nothing_declares(
+    quant: Quant, method: str, other: str | None, tmp_path: Path
+) -> None:
+    declared = write_checkpoint(tmp_path / "declared", CONFIG, quant=quant)
+    folder = write_checkpoint(
+        tmp_path / "undeclared", CONFIG, quant=quant, mutate_config=lambda config: config.pop("quantization_config")
+    )
+    loaded, expected = load(folder, quantization=method), load(declared)
+    assert loaded.draft is not None
+    assert expected.draft is not None
+    for one, same in ((loaded.target.layers[1], expected.target.layers[1]), (loaded.draft.block, expected.draft.block)):
+        torch.testing.assert_close(one.mlp.experts.w2, same.mlp.experts.w2, rtol=1e-6, atol=0)
+    with pytest.raises(QuantizationError, match=r"declared unq.* in config\.json.*, or pass --quantization comp"):
+        load(folder)
+    if other is not None:
+        with pytest.raises(QuantizationError, match=f"pass {method}, which config.json leaves out"):
+            load(folder, quantization=other)
+
+
+def test_a_wanted_method_does_not_stand_for_scales(tmp_path: Path) -> None:
+    def no_scales(state: State) -> None:
+        for name in [name for name in state if name.endswith("_scale")]:
+            del state[name]
+
+    folder = write_checkpoint(
+        tmp_path,
+        CONFIG,
+        quant="channel",
+        mutate=no_scales,
+        mutate_config=lambda config: config.pop("quantization_config"),
+    )
+    with pytest.raises(QuantizationError, match="--quantization fp8: the checkpoint has float8_e4m3fn weights without"):
+        load(folder, quantization="fp8")
+    with pytest.raises(QuantizationError, match=r"garbage: declare them in config\.json's quantization_config$"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["./no/such/folder", "nowhere", "a/b/c", "/not/here"])
 def test_a_name_that_is_neither_folder_nor_hub_name_says_so(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):

@@ -17,7 +17,8 @@ from nextn.config.engine_config import EngineConfig
 from nextn.config.model_config import ModelConfig
 from nextn.errors import CheckpointError, ConfigError, QuantizationError
 from nextn.quantization.precedence import DraftQuantization, decide_draft_quantization
-from nextn.quantization.tensors import CheckedQuantization
+from nextn.quantization.tensors import FP8_DTYPE, CheckedQuantization
+from nextn.quantization.undeclared import config_of_tensors, remedy
 
 MUST_FIT = (
     "hidden_size",
@@ -68,10 +69,12 @@ def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPl
     """
     dummy = engine_config.load_format == "dummy"
     source = Source.open(engine_config.model_path, flag="--model-path", dummy=dummy)
-    _check_method(source, engine_config.quantization)
+    source = _in_method(source, engine_config.quantization)
     _check_context(source, engine_config.context_length)
     flag = f"--quantization {engine_config.quantization}" if engine_config.quantization else None
-    quantization = CheckedQuantization(source.quantization, source.dtypes, decided_by=flag)
+    quantization = CheckedQuantization(
+        source.quantization, source.dtypes, undeclared=remedy(source.target_tensors, "--quantization"), decided_by=flag
+    )
     layout = target_layout(source.config, quantization)
     draft_source = source
     if engine_config.draft_model_path is not None:
@@ -123,7 +126,7 @@ def _check_values(index: CheckpointIndex, layout: Layout, *, all_shards: bool) -
 def _check_target_files(source: Source, layout: Layout) -> None:
     assert source.index is not None, "only for checkpoints with weights"
     tied = {HEAD} if source.config.tie_word_embeddings else set()
-    check_fit(source.index, layout, source.index.tensors.keys() - source.draft_tensors.keys() - tied)
+    check_fit(source.index, layout, source.target_tensors.keys() - tied)
 
 
 def _plan_draft(source: Source, target: ModelConfig, engine_config: EngineConfig) -> DraftPlan:
@@ -152,12 +155,24 @@ def _plan_draft(source: Source, target: ModelConfig, engine_config: EngineConfig
     return DraftPlan(source, config, decision, layout, has_own_head, has_own_embedding, has_fp8_head)
 
 
-def _check_method(source: Source, wanted: str | None) -> None:
-    found = source.quantization.method if source.quantization is not None else "unquantized"
-    if wanted is not None and wanted != found:
-        raise QuantizationError(
-            f"--quantization {wanted}: the checkpoint is {found}; leave the flag out to use {found}"
+def _in_method(source: Source, wanted: str | None) -> Source:
+    """The source itself, or with the quantization that the flag names where config.json declares none of FP8 tensors.
+
+    Raises QuantizationError if the checkpoint is in another method.
+    """
+    if wanted is None:
+        return source
+    declared, tensors = source.quantization, source.target_tensors
+    if declared is None and any(info.dtype == FP8_DTYPE for info in tensors.values()):
+        source = replace(
+            source, quantization=config_of_tensors(tensors, wanted, f"--quantization {wanted}", "the checkpoint")
         )
+    found = source.quantization.method if source.quantization is not None else "unquantized"
+    if wanted != found:
+        is_found = declared is source.quantization
+        instead = f"leave the flag out to use {found}" if is_found else f"pass {found}, which config.json leaves out"
+        raise QuantizationError(f"--quantization {wanted}: the checkpoint is {found}; {instead}")
+    return source
 
 
 def _check_context(source: Source, wanted: int | None) -> None:

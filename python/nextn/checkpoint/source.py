@@ -58,3 +58,9 @@ class Source:
         """The NextN layer's."""
         tensors = self.index.tensors if self.index is not None else {}
         return {name: info for name, info in tensors.items() if name.startswith(self.draft_prefix)}
+
+    @property
+    def target_tensors(self) -> Mapping[str, TensorInfo]:
+        """All others."""
+        tensors = self.index.tensors if self.index is not None else {}
+        return {name: info for name, info in tensors.items() if not name.startswith(self.draft_prefix)}

@@ -64,7 +64,11 @@ class ServerArgs:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantization: str | None = _option(
-        None, _MODEL, "require this method; default: as detected", choices=("compressed-tensors", "fp8"), kind=str
+        None,
+        _MODEL,
+        "require this method, of FP8 weights also where config.json declares none; default: as detected",
+        choices=("compressed-tensors", "fp8"),
+        kind=str,
     )
 
     device: str = _option("auto", _MODEL, "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))

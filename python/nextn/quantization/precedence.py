@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from nextn.errors import QuantizationError
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig
 from nextn.quantization.tensors import FP8_DTYPE, CheckedQuantization
-from nextn.quantization.undeclared import StoredTensor, config_of_tensors
+from nextn.quantization.undeclared import StoredTensor, config_of_tensors, remedy
 
 FLAG = "--speculative-draft-model-quantization"
 
@@ -61,8 +61,8 @@ def decide_draft_quantization(
     has_fp8 = detected is not None if draft_tensors is None else FP8_DTYPE in dtypes.values()
     is_declared = detected is not None
     if override is not None and detected is None and has_fp8:
-        detected = config_of_tensors(draft_tensors or {}, override, f"{FLAG} {override}")
-    checked = CheckedQuantization(detected, dtypes)
+        detected = config_of_tensors(draft_tensors or {}, override, f"{FLAG} {override}", "the draft")
+    checked = CheckedQuantization(detected, dtypes, undeclared=remedy(draft_tensors or {}, FLAG))
     method = detected.method if detected is not None and has_fp8 else "unquantized"
     if override is None:
         return DraftQuantization(checked, checked, _detected_reason(detected, has_fp8), has_fp8)
@@ -74,9 +74,9 @@ def decide_draft_quantization(
         return DraftQuantization(stored, Dequantized(stored), f"dequantized on load: {FLAG} unquant", False, warning)
     if override != method:
         is_found = is_declared or not has_fp8
-        remedy = f"leave the flag out to use {method}" if is_found else f"pass {method}, which config.json leaves out"
+        instead = f"leave the flag out to use {method}" if is_found else f"pass {method}, which config.json leaves out"
         raise QuantizationError(
-            f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; {remedy}, or quantize the "
+            f"{FLAG} {override}: the draft's tensors are {method}, which is not compatible; {instead}, or quantize the "
             f"draft as {override}"
         )
     by_flag = replace(checked, decided_by=f"{FLAG} {override}")

@@ -26,16 +26,18 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def config_of_tensors(tensors: Mapping[str, StoredTensor], wanted: str, where: str) -> QuantizationConfig:
+def config_of_tensors(
+    tensors: Mapping[str, StoredTensor], wanted: str | None, where: str, owner: str
+) -> QuantizationConfig:
     """The config of a method that stores FP8 as these tensors are: of ``wanted``, if that is one.
 
-    where: what asks, for messages
+    where: what asks, and owner: whose tensors they are, for messages
     Raises QuantizationError if no FP8 weight has a scale, or two have scales of different kinds.
     """
     found = dict(_schemes(tensors))
     if not found:
         raise QuantizationError(
-            f"{where}: the draft has float8_e4m3fn weights without a scale, which are no numbers; add the scales, or "
+            f"{where}: {owner} has float8_e4m3fn weights without a scale, which are no numbers; add the scales, or "
             "quantize the checkpoint again"
         )
     first, scheme = next(iter(found.items()))
@@ -47,6 +49,16 @@ def config_of_tensors(tensors: Mapping[str, StoredTensor], wanted: str, where: s
             )
     is_fp8 = scheme.scale_suffix == "weight_scale_inv" or (scheme.kind == "fp8_tensor" and wanted == "fp8")
     return Fp8Config(scheme, {}, where) if is_fp8 else CompressedTensorsConfig({"Linear": scheme}, {}, where)
+
+
+def remedy(tensors: Mapping[str, StoredTensor], flag: str) -> str:
+    """What to do about these tensors: declare them, or pass the flag with the method that they are in, if it is one."""
+    declare = "declare them in config.json's quantization_config"
+    try:
+        method = config_of_tensors(tensors, None, flag, "the checkpoint").method
+    except QuantizationError:
+        return declare
+    return f"{declare}, or pass {flag} {method}"
 
 
 def _schemes(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, LinearScheme]]:
