@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nextn.config.engine_config import EngineConfig
 from nextn.config.server_args import ServerArgs
-from nextn.config.sources import flag_of
+from nextn.config.sources import NAMED_HERE, NOT_NEEDED, flag_of
 from nextn.errors import ConfigError
 
 
@@ -134,6 +134,9 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
         (["--prot", "1"], "--prot: there is no such flag; did you mean --port"),
         (["--model", "x"], "--model: there is no such flag; did you mean --model-path"),
         (["--tp", "8"], "--tp: there is no such flag; did you mean .*--tp-size"),
+        (["--tensor-parallel-size", "8"], "--tensor-parallel-size: there is no such flag; did you mean --tp-size"),
+        (["--max-model-len=4096"], "--max-model-len: there is no such flag; did you mean --context-length"),
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice: is not needed here, .*; leave it out"),
         (["--trust-remote-code"], "--trust-remote-code: is not needed here, .*; leave it out"),
         (["--disable-shared-experts-fusion"], "--disable-shared-experts-fusion: is not needed here, .*; leave it out"),
         (["--attention-backend", "triton"], "--attention-backend: there is no such flag"),
@@ -145,6 +148,12 @@ def test_a_number_may_name_a_model_in_the_file(tmp_path: Path) -> None:
 def test_a_wrong_flag_is_named_with_what_is_allowed(argv: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         from_cli(*argv)
+
+
+def test_what_other_servers_call_a_flag_leads_to_one_that_exists() -> None:
+    flags = {flag_of(field.name) for field in fields(ServerArgs)}
+    assert set(NAMED_HERE.values()) <= flags
+    assert not flags & {*NAMED_HERE, *NOT_NEEDED}
 
 
 @pytest.mark.parametrize(

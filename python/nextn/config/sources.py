@@ -22,8 +22,20 @@ LARGEST = 2**63 - 1
 NOT_NEEDED = {
     "--trust-remote-code": "code of a checkpoint is never run",
     "--disable-shared-experts-fusion": "shared experts are fused only where they are stored as the routed ones",
+    "--enable-auto-tool-choice": "tool calls are read wherever a request has tools",
 }
 """Flags in the published commands for GLM with other servers that change nothing here → why."""
+NAMED_HERE = {
+    "--tp": "--tp-size",
+    "--tensor-parallel-size": "--tp-size",
+    "--max-model-len": "--context-length",
+    "--gpu-memory-utilization": "--mem-fraction-static",
+    "--max-num-seqs": "--max-running-requests",
+    "--max-num-batched-tokens": "--chunked-prefill-size",
+    "--no-enable-prefix-caching": "--disable-radix-cache",
+    "--enforce-eager": "--disable-cuda-graph",
+}
+"""Flags of other servers → the one that means the same, where its name does not look like it."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -145,6 +157,8 @@ def _known_flags(argv: Sequence[str], options: Mapping[str, tuple[Option, Any]])
         flag = word.split("=", 1)[0]
         if flag in NOT_NEEDED:
             raise ConfigError(f"{flag}: is not needed here, for {NOT_NEEDED[flag]}; leave it out")
+        if flag in NAMED_HERE:
+            raise ConfigError(f"{flag}: there is no such flag; did you mean {NAMED_HERE[flag]}?")
         if flag.startswith("--") and flag not in known:
             raise ConfigError(f"{flag}: there is no such flag{_near(flag, known)}")
     return list(argv)
