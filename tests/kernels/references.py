@@ -1,4 +1,5 @@
-"""The torch side of a public function, where a test has sent its calls to Triton; and what cards do otherwise."""
+"""The torch side of a public function, where a test has sent its calls to Triton; what cards do otherwise; weights in
+blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +10,28 @@ from unittest import mock
 import pytest
 import torch
 from nextn.kernels import gpu
+from nextn.kernels.fp8_quantize import FP8, FP8_MAX
 
 
 def in_torch(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What the function returns without Triton. Tensors are taken as they are; give it those of the CPU."""
     with mock.patch.object(gpu, "suits", return_value=False):
         return function(*arguments, **options)
+
+
+def quantize_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as checkpoints with one scale per block hold it; the last blocks may be smaller.
+
+    weight: [N, K]
+    Returns q [N, K] float8_e4m3fn and scale [⌈N / block_n⌉, ⌈K / block_k⌉] float32, 1 where it would be 0.
+    """
+    (n, k), (block_n, block_k) = weight.shape, block
+    padded = torch.nn.functional.pad(weight.float(), (0, -k % block_k, 0, -n % block_n))
+    blocks = padded.view(padded.shape[0] // block_n, block_n, padded.shape[1] // block_k, block_k)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    q = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return q.view(padded.shape)[:n, :k].contiguous(), scale[:, 0, :, 0]
 
 
 def has_fp8_units(device: torch.device) -> bool:

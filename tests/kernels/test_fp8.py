@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from nextn.kernels.fp8_dequantize import dequantize
-from nextn.kernels.fp8_quantize import (
-    quantize_blocks,
-    quantize_per_channel,
-    quantize_per_group,
-    quantize_per_token,
-)
+from nextn.kernels.fp8_quantize import quantize_per_channel, quantize_per_group, quantize_per_token
 from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul
+
+from tests.kernels.references import quantize_blocks
 
 FP8 = torch.float8_e4m3fn
 SHAPES = [(1, 1), (3, 128), (5, 129), (128, 127), (130, 300), (256, 256)]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from nextn.kernels import gpu, matmul
 from nextn.kernels.fp8_dequantize import dequantize
-from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel, quantize_per_group, quantize_per_token
+from nextn.kernels.fp8_quantize import quantize_per_channel, quantize_per_group, quantize_per_token
 from nextn.kernels.linear import Rows, linear, store_weight
 from nextn.kernels.matmul import block_fp8_matmul, w8a8_matmul, wide_matmul
 from nextn.kernels.matmul_config import MAX_TILES, choose_config, num_tiles
 
-from tests.kernels.references import need_fp8_units, sum_loss
+from tests.kernels.references import need_fp8_units, quantize_blocks, sum_loss
 
 SIZES = [(1, 64, 128), (3, 100, 200), (17, 96, 640), (64, 70, 1100), (65, 130, 144), (200, 300, 256)]
 

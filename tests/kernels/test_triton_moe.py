@@ -9,14 +9,14 @@ import pytest
 import torch
 from nextn.kernels import gpu
 from nextn.kernels.fp8_dequantize import dequantize
-from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_token
+from nextn.kernels.fp8_quantize import quantize_per_token
 from nextn.kernels.fused_moe import StackedExperts, expert_terms
 from nextn.kernels.moe_align import max_blocks, moe_align
 from nextn.kernels.moe_combine import ExpertTerms, moe_combine
 from nextn.kernels.moe_matmul import MoeConfig, choose_config, expert_matmul
 from nextn.kernels.rms_norm import norm_quantize
 
-from tests.kernels.references import has_fp8_units, need_fp8_units, sum_loss
+from tests.kernels.references import has_fp8_units, need_fp8_units, quantize_blocks, sum_loss
 
 SCHEMES = ["channel", "block", "small blocks", "bfloat16"]
 BLOCKS = {"channel": None, "block": (128, 128), "small blocks": (64, 32), "bfloat16": None}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from nextn.kernels.fp8_dequantize import dequantize
-from nextn.kernels.fp8_quantize import quantize_blocks, quantize_per_channel
+from nextn.kernels.fp8_quantize import quantize_per_channel
 from nextn.kernels.matmul_config import MAX_TILES
 from nextn.kernels.nextn_input import nextn_input, nextn_projection
+
+from tests.kernels.references import quantize_blocks
 
 EPS = 1e-5
 SIZES = [(1, 64, 64), (3, 100, 70), (17, 640, 96), (64, 272, 130), (70, 192, 144)]

@@ -52,19 +52,6 @@ def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return q, scale
 
 
-def quantize_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per block of a weight; the last blocks may be smaller.
-
-    weight: [N, K]
-    Returns q [N, K] float8_e4m3fn and scale [⌈N / block_n⌉, ⌈K / block_k⌉] float32.
-    """
-    (n, k), (block_n, block_k) = weight.shape, block
-    padded = torch.nn.functional.pad(weight.float(), (0, -k % block_k, 0, -n % block_n))
-    blocks = padded.view(padded.shape[0] // block_n, block_n, padded.shape[1] // block_k, block_k)
-    q, scale = _quantize(blocks, blocks.abs().amax((1, 3), keepdim=True))
-    return q.view(padded.shape)[:n, :k].contiguous(), scale[:, 0, :, 0]
-
-
 def empty_quantized(x: torch.Tensor, num_columns: int, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the result of quantizing rows: q [M, num_columns] and scale [M, 1] or [M, ⌈num_columns / group⌉]."""
     num_scales = 1 if group_size is None else gpu.cdiv(num_columns, group_size)

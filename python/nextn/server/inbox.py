@@ -41,11 +41,6 @@ class Generation:
         """True when every choice has ended and every output was read."""
         return not self._open and not self._pending
 
-    @property
-    def is_due(self) -> bool:
-        """True when ``receive`` would return at once."""
-        return self._due
-
     def deliver(self, index: int, output: RequestOutput) -> None:
         """Take an output of choice ``index`` from the engine."""
         if index not in self._open:
