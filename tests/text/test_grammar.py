@@ -368,8 +368,11 @@ def test_references_in_arguments_point_into_the_tools_schema(
         {"allOf": [{"properties": {"a": {"type": "integer"}}}]},
         {"properties": {"a": {}}, "oneOf": [{"required": ["a"]}]},
         {"properties": {}, "minProperties": 1},
-        {"properties": {"a": {"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "null"}]}}},
-        {"properties": {"a": {"type": ["string", "null"], "enum": ["a", None]}}},
+        {"properties": {"a": {"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "integer"}]}}},
+        {"properties": {"a": {"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "null"}], "maxLength": 0}}},
+        {"properties": {"a": {"enum": ["1", 1]}}},
+        {"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}, {"type": "null"}]}}},
+        {"properties": {"a": {"$ref": "#/properties/a"}}},
         {"properties": {"a": {"type": "string", "pattern": "^[0-9]{3}$"}}},
         {"properties": {"a": False}},
         {"properties": {"a": {"enum": []}}},
@@ -395,6 +398,40 @@ def test_optional_text_is_free(tokenizer: Tokenizer, takes: Callable[[str, str],
     function = {"name": "f", "strict": True, "parameters": {"properties": properties}}
     grammar = tool_output("one_call", tokenizer, enforce_all=True, tools=[{"type": "function", "function": function}])
     assert takes(grammar, call("f", a="null", b="any text", c="[1"))
+
+
+OPTIONAL_CHOICES: list[dict[str, Any]] = [
+    {"anyOf": [{"type": "string", "enum": ["km", "mile"]}, {"type": "null"}], "default": None, "title": "Unit"},
+    {"anyOf": [{"$ref": "#/$defs/unit"}, {"type": "null"}]},
+    {"oneOf": [{"$ref": "#/$defs/unit", "description": "d"}, {"const": None}]},
+    {"type": ["string", "null"], "enum": ["km", "mile", None]},
+    {"type": "string", "nullable": True, "enum": ["km", "mile"]},
+]
+"""What ``Literal["km", "mile"] | None`` and an enumeration's class become, by several libraries."""
+
+
+@pytest.mark.parametrize("schema", OPTIONAL_CHOICES, ids=json.dumps)
+def test_a_choice_that_may_be_null_is_enforced(
+    schema: dict[str, Any], tokenizer: Tokenizer, takes: Callable[[str, str], bool]
+) -> None:
+    defs = {"unit": {"type": "string", "enum": ["km", "mile"], "title": "Unit"}}
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"], "$defs": defs}
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}]
+    grammar = tool_output("one_call", tokenizer, enforce_all=True, tools=tools)
+    for text, value in (("km", "km"), ("mile", "mile"), ("null", None)):
+        assert takes(grammar, call("f", a=text))
+        assert calls_of(call("f", a=text), tools=tools) == [("f", {"a": value})]
+    assert not any(takes(grammar, call("f", a=text)) for text in ("metre", "None", '"km"', ""))
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#/$defs/t"}, {"allOf": [{"$ref": "#/$defs/t"}], "description": "d"}])
+def test_text_that_a_reference_leads_to_is_free(
+    schema: dict[str, Any], tokenizer: Tokenizer, takes: Callable[[str, str], bool]
+) -> None:
+    for one in (schema, {"anyOf": [schema, {"type": "null"}]}):
+        parameters = {"properties": {"a": one}, "$defs": {"t": {"type": "string", "title": "T"}}}
+        tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}]
+        assert takes(tool_output("one_call", tokenizer, enforce_all=True, tools=tools), call("f", a="any text"))
 
 
 def test_the_librarys_own_options_are_not_for_clients() -> None:

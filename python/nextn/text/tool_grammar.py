@@ -1,8 +1,8 @@
 """The grammar of GLM's tool calls (see tool_calls.py), which holds a call to the tools of a request and their schemas.
 
 Arguments come in the order of the schema's properties; those that are not required may be left out. A value is text
-where the schema says string, so that of a string's keywords only ``enum`` and ``const`` can be enforced; any other
-value is JSON of its schema. Where a schema allows both, or says nothing, the value is free.
+where the schema says string, so that of a string's keywords only ``enum`` and ``const`` can be enforced, beside null as
+well; any other value is JSON of its schema. Where a schema allows both, or says nothing, the value is free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nextn.errors import RequestError
 from nextn.text.grammar import Check, Form, Tags, json_form
 from nextn.text.reasoning import THINK_CLOSE, THINK_OPEN
 from nextn.text.tool_calls import CALL_CLOSE, CALL_OPEN, KEY_CLOSE, KEY_OPEN, VALUE_CLOSE, VALUE_OPEN
-from nextn.text.tool_schema import JSON_TYPES, ToolSchemas
+from nextn.text.tool_schema import NOTES, ToolSchemas
 
 _VALUE = "VALUE: /(.|\\n)+/ & ~/(.|\\n)*<\\/arg_value>(.|\\n)*/"
 """A value is not to spell its closing tag out, letter by letter."""
@@ -74,11 +74,11 @@ class ToolGrammar:
 
     def _value(self, part: str, function: Mapping[str, Any], key: str, schema: Any, param: str) -> str:
         value_type, at = self._schemas.type_of(function["name"], key), f"{param}.properties.{key:.100}"
-        options = self._schemas.strings_of(function["name"], key) if value_type.is_text else None
-        if options and not any(VALUE_CLOSE in option for option in options):
-            return f"({' | '.join(map(_quoted, options))})"
         if value_type.types is None or "string" in value_type.types:
-            if function.get("strict") and not _is_any_text(schema):
+            options = self._schemas.texts_of(function["name"], key)
+            if options and not any(VALUE_CLOSE in option for option in options):
+                return f"({' | '.join(map(_quoted, options))})"
+            if function.get("strict") and not self._schemas.allows_any_text(function["name"], key):
                 message = (
                     f"{at}: of a string nothing but 'enum' and 'const' can be enforced; leave the rest out, or strict"
                 )
@@ -93,10 +93,7 @@ class ToolGrammar:
         return f"@{part}"
 
 
-_NOTES = {"title", "description", "default", "examples", "$comment", "$schema", "$id", "deprecated"}
-"""Keywords that ask for nothing."""
-
-_OF_ARGUMENTS = _NOTES | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+_OF_ARGUMENTS = NOTES | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 
 
 def _check_arguments(parameters: Mapping[str, Any], at: str) -> None:
@@ -113,25 +110,6 @@ def _check_arguments(parameters: Mapping[str, Any], at: str) -> None:
             raise RequestError(
                 f"{at}: a call cannot name the argument {key!r:.100}; call it another", at, "invalid_value"
             )
-
-
-def _is_any_text(schema: Any) -> bool:
-    """Whether text of any kind is valid: alone, or beside other types that ask for nothing further."""
-    if not isinstance(schema, Mapping):
-        return schema is True
-    asked = set(schema) - _NOTES
-    if asked == {"anyOf"} and isinstance(schema["anyOf"], list):
-        return any(map(_is_any_text, schema["anyOf"])) and all(map(_is_plain, schema["anyOf"]))
-    return _is_plain(schema)
-
-
-def _is_plain(schema: Any) -> bool:
-    """Whether a schema says a type at most."""
-    if not isinstance(schema, Mapping):
-        return schema is True
-    types = schema.get("type", [])
-    names = [types] if isinstance(types, str) else types if isinstance(types, list) else [None]
-    return set(schema) - _NOTES <= {"type"} and all(name in JSON_TYPES for name in names)
 
 
 def _lists_arguments(function: Mapping[str, Any]) -> bool:

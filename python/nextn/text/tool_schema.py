@@ -21,6 +21,9 @@ MAX_SUBSCHEMAS = 200
 
 JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 
+NOTES = frozenset({"title", "description", "default", "examples", "$comment", "$schema", "$id", "deprecated"})
+"""Keywords that ask for nothing."""
+
 Schema = Any
 """A JSON schema: a mapping or a boolean; anything else says nothing."""
 
@@ -89,11 +92,28 @@ class ToolSchemas:
             found.append((name, schema, name in required))
         return found
 
-    def strings_of(self, tool: str, argument: str) -> list[str] | None:
-        """The strings that an argument is limited to by ``enum`` or ``const``; None if it is not."""
+    def texts_of(self, tool: str, argument: str) -> list[str] | None:
+        """The texts of the values that an argument is limited to, as ``to_json`` reads them back; None if it is not."""
+        root = self._parameters.get(tool)
+        reader, value_type = _Reader(root), self.type_of(tool, argument)
+        values = reader.values_of(reader.property_of(root, argument))
+        if values is None or value_type.types is None:
+            return None
+        texts = []
+        for value in values:
+            if _type_name(value) in value_type.types:
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                if value_type.to_json(text) != json.dumps(value, ensure_ascii=False):
+                    return None
+                texts.append(text)
+        return list(dict.fromkeys(texts))
+
+    def allows_any_text(self, tool: str, argument: str) -> bool:
+        """Whether text of any kind is valid: alone, or beside other types that ask for nothing further."""
         root = self._parameters.get(tool)
         reader = _Reader(root)
-        return reader.strings_of(reader.property_of(root, argument))
+        schema = reader.property_of(root, argument)
+        return schema is None or reader.allows_any_text(schema)
 
 
 class _Reader:
@@ -146,17 +166,55 @@ class _Reader:
         types = JSON_TYPES.intersection(*narrowing) or narrowing[0]
         return types | {"null"} if schema.get("nullable") is True else types
 
-    def strings_of(self, schema: Schema) -> list[str] | None:
-        """What ``enum`` or ``const`` limit a string to; None if they do not."""
-        for _ in range(MAX_SUBSCHEMAS):
-            if not isinstance(schema, Mapping):
-                return None
-            values = [schema["const"]] if "const" in schema else schema.get("enum")
-            if isinstance(values, list):
-                return [value for value in values if isinstance(value, str)]
-            ref = schema.get("$ref")
-            schema = _resolve(ref, self._root) if isinstance(ref, str) else None
+    def values_of(self, schema: Schema, seen: tuple[str, ...] = ()) -> list[Any] | None:
+        """What ``enum``, ``const`` and types of one or two values limit a value to; None if they do not."""
+        self._num_left -= 1
+        if not isinstance(schema, Mapping) or self._num_left < 0:
+            return None
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list):
+            return [*values, None] if schema.get("nullable") is True else values
+        ref = schema.get("$ref")
+        if isinstance(ref, str):
+            return None if ref in seen else self.values_of(_resolve(ref, self._root), (*seen, ref))
+        match sorted(set(schema) - NOTES):
+            case ["type"]:
+                of_types: dict[str, list[Any]] = {"null": [None], "boolean": [True, False]}
+                return of_types.get(str(schema["type"]))
+            case ["anyOf" | "oneOf" as keyword]:
+                found = [self.values_of(branch, seen) for branch in _parts(schema, keyword)]
+                return None if None in found else [value for one in found for value in one or ()]
         return None
+
+    def allows_any_text(self, schema: Schema) -> bool:
+        """As that of ``ToolSchemas``."""
+        schema = self._meant(schema)
+        if isinstance(schema, Mapping) and set(schema) - NOTES == {"anyOf"}:
+            branches = _parts(schema, "anyOf")
+            return any(map(self.allows_any_text, branches)) and all(map(self._is_plain, branches))
+        return self._is_plain(schema)
+
+    def _is_plain(self, schema: Schema) -> bool:
+        """Whether a schema says a type at most."""
+        schema = self._meant(schema)
+        if not isinstance(schema, Mapping):
+            return schema is True
+        types = schema.get("type", [])
+        names = [types] if isinstance(types, str) else types if isinstance(types, list) else [None]
+        return set(schema) - NOTES <= {"type"} and all(name in JSON_TYPES for name in names)
+
+    def _meant(self, schema: Schema) -> Schema:
+        """The schema that one which only points to another stands for."""
+        while isinstance(schema, Mapping) and self._num_left > 0:
+            self._num_left -= 1
+            asked = set(schema) - NOTES
+            if asked == {"$ref"} and isinstance(schema["$ref"], str):
+                schema = _resolve(schema["$ref"], self._root)
+            elif asked == {"allOf"} and len(parts := _parts(schema, "allOf")) == 1:
+                schema = parts[0]
+            else:
+                return schema
+        return schema if schema is True else None
 
 
 def _moved(schema: Schema) -> Schema:
