@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -14,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nextn.errors import RequestError
 from nextn.server import admin, chat, completions, native
 from nextn.server.auth import ApiKeyGuard
-from nextn.server.errors import ApiError, from_request_error, invalid, unavailable
+from nextn.server.errors import ApiError, from_request_error, unavailable
 from nextn.server.openapi import install_schema
 from nextn.server.responses import as_api_error
 from nextn.server.services import Services
@@ -37,7 +36,6 @@ def create_app(services: Services) -> ASGIApp:
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
     install_schema(app)
     return _LastResort(ApiKeyGuard(app, services.args.api_key, services.args.admin_api_key))
 
@@ -59,10 +57,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     message = f"{request.method} {request.url.path:.200} is not served here{hint}."
     code = _HTTP_CODES.get(error.status_code, "http_error")
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
-
-
-async def _answer_validation_error(request: Request, error: Exception) -> Response:
-    return invalid("The request is wrong.").response()
 
 
 class _LastResort:
