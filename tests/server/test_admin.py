@@ -156,6 +156,37 @@ def test_a_key_is_needed_where_one_is_set(make_app: AppFactory) -> None:
     assert app.http.post("/flush_cache", headers=bearer("right")).status_code == 200
 
 
+def test_scripts_of_web_pages_may_call_where_their_origin_is_allowed(make_app: AppFactory) -> None:
+    app = make_app("--api-key", "right", "--allowed-origins", "https://chat.example, http://localhost:3000")
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    for origin in ("https://chat.example", "http://localhost:3000"):
+        asked = app.http.options("/v1/chat/completions", headers={"Origin": origin, **asks})
+        assert asked.status_code == 200
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        for headers, status in ((bearer("right"), 200), ({}, 401)):
+            answer = app.http.get("/v1/models", headers={"Origin": origin, **headers})
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin
+    asked = app.http.options("/v1/chat/completions", headers={"Origin": "https://other.example", **asks})
+    assert asked.status_code == 400
+    stranger = app.http.get("/v1/models", headers={"Origin": "https://other.example", **bearer("right")})
+    assert "access-control-allow-origin" not in stranger.headers
+
+
+def test_without_allowed_origins_no_web_page_reads_an_answer(app: App) -> None:
+    asks = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    assert app.http.options("/v1/chat/completions", headers=asks).status_code == 405
+    assert "access-control-allow-origin" not in app.http.get("/v1/models", headers=asks).headers
+
+
+def test_any_origin_may_be_allowed(make_app: AppFactory) -> None:
+    app = make_app("--allowed-origins", "*")
+    body = {"prompt": "hello", "max_tokens": 4, "stream": True}
+    answer = app.http.post("/v1/completions", json=body, headers={"Origin": "https://chat.example"})
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
 def test_admin_endpoints_take_only_the_admin_key_where_one_is_set(make_app: AppFactory) -> None:
     app = make_app("--api-key", "user", "--admin-api-key", "boss")
     for path in ("/flush_cache", "/abort_request"):

@@ -170,6 +170,12 @@ class ServerArgs:
     admin_api_key: str | None = _option(
         None, _HTTP, "key for /flush_cache and /abort_request", kind=str, is_secret=True
     )
+    allowed_origins: str | None = _option(
+        None,
+        _HTTP,
+        "origins of web pages whose scripts may call and read, with commas between; *: any; default: none",
+        kind=str,
+    )
     enable_metrics: bool = _option(True, _HTTP, "serve Prometheus metrics at /metrics")
     stream_interval: int = _option(1, _HTTP, "tokens gathered before a chunk is sent", least=1)
     tool_call_parser: str | None = _option(

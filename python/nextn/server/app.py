@@ -6,6 +6,7 @@ import asyncio
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,7 +38,16 @@ def create_app(services: Services) -> ASGIApp:
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     install_schema(app)
-    return _LastResort(ApiKeyGuard(app, services.args.api_key, services.args.admin_api_key))
+    whole = _LastResort(ApiKeyGuard(app, services.args.api_key, services.args.admin_api_key))
+    if services.args.allowed_origins is None:
+        return whole
+    return CORSMiddleware(  # outside the guard: a browser asks without a key whether it may call
+        whole,
+        allow_origins=[origin.strip() for origin in services.args.allowed_origins.split(",")],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
