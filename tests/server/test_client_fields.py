@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from nextn.server.neutral import NEUTRAL
 from nextn.text.tokenizer import Tokenizer
 
 from tests.server.conftest import MODEL, App, AppFactory, run_app
@@ -192,12 +193,22 @@ def test_a_field_that_is_null_is_a_field_that_is_absent(app: App) -> None:
     assert response.status_code == 200, response.text
 
 
-NEUTRAL: list[tuple[str, dict[str, Any]]] = [
+SENT_ALWAYS: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"continue_final_message": False, "stream_reasoning": True, "return_hidden_states": False}),
     (CHAT, {"logprobs": False, "top_logprobs": 0, "spaces_between_special_tokens": True}),
     ("/v1/completions", {"return_hidden_states": False, "spaces_between_special_tokens": False}),
     ("/generate", {"lora_path": None, "return_logprob": False, "return_routed_experts": False, "image_data": None}),
-    ("/generate", {"return_hidden_states": False}),
+    (
+        "/generate",
+        {
+            "return_hidden_states": False,
+            "log_metrics": True,
+            "background": False,
+            "no_logs": False,
+            "return_bytes": False,
+            "return_entropy": False,
+        },
+    ),
 ]
 """What sglang's load generator and its router put into every request."""
 
@@ -208,7 +219,7 @@ VALID: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("path", "fields"), NEUTRAL, ids=str)
+@pytest.mark.parametrize(("path", "fields"), SENT_ALWAYS, ids=str)
 def test_fields_that_ask_for_nothing_change_nothing(app: App, path: str, fields: dict[str, Any]) -> None:
     for body in (VALID[path], {**VALID[path], **fields}):
         response = app.http.post(path, json=body)
@@ -217,10 +228,9 @@ def test_fields_that_ask_for_nothing_change_nothing(app: App, path: str, fields:
     assert (sent.input_ids, sent.sampling, sent.num_top_logprobs) == (plain.input_ids, plain.sampling, None)
 
 
-@pytest.mark.parametrize(("path", "fields"), NEUTRAL, ids=str)
+@pytest.mark.parametrize(("path", "fields"), SENT_ALWAYS, ids=str)
 def test_what_they_could_ask_for_is_refused_in_words(app: App, path: str, fields: dict[str, Any]) -> None:
-    known = {"continue_final_message", "stream_reasoning", "return_hidden_states", "return_routed_experts"}
-    for name in known & set(fields):
+    for name in NEUTRAL.keys() & fields.keys():
         response = app.http.post(path, json={**VALID[path], name: not fields[name]})
         check_error(response, 400, name, "unsupported_parameter")
         assert f"as {str(fields[name]).lower()} only" in response.json()["error"]["message"]

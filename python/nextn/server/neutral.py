@@ -7,7 +7,12 @@ import msgspec
 from nextn.server.errors import unsupported
 
 NEUTRAL: dict[str, tuple[bool, str]] = {
+    "background": (False, "a request is answered where it is asked"),
     "continue_final_message": (False, "an answer is a turn of its own"),
+    "log_metrics": (True, "every request is counted"),
+    "no_logs": (False, "logs hold no text of requests in any case"),
+    "return_bytes": (False, "answers are text"),
+    "return_entropy": (False, "it is not computed"),
     "return_hidden_states": (False, "they are not kept"),
     "return_routed_experts": (False, "they are not kept"),
     "stream_reasoning": (True, "reasoning is streamed as it comes"),

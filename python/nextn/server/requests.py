@@ -270,8 +270,8 @@ class GenerateRequest(_Strict, kw_only=True, frozen=True):
     """``POST /generate``: one prompt, or a batch of them, as text or as token ids.
 
     logprob_start_len: -1 returns logprobs of the output only, p ≥ 0 also of the prompt from position p on
-    image_data, lora_path, return_hidden_states, return_routed_experts: known because load generators and routers send
-        them empty or false
+    image_data, lora_path and what follows them: known because load generators and routers send them with what asks for
+        nothing: empty, or as in ``neutral.NEUTRAL``
     """
 
     text: str | list[str] | None = None
@@ -289,6 +289,11 @@ class GenerateRequest(_Strict, kw_only=True, frozen=True):
     lora_path: None = None
     return_hidden_states: bool | None = None
     return_routed_experts: bool | None = None
+    return_bytes: bool | None = None
+    return_entropy: bool | None = None
+    log_metrics: bool | None = None
+    no_logs: bool | None = None
+    background: bool | None = None
 
 
 class TokenizeRequest(_Strict, kw_only=True, frozen=True):
