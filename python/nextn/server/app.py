@@ -16,7 +16,7 @@ from nextn.server import admin, chat, completions, native
 from nextn.server.auth import ApiKeyGuard
 from nextn.server.errors import ApiError, from_request_error, unavailable
 from nextn.server.openapi import install_schema
-from nextn.server.responses import as_api_error
+from nextn.server.replies import as_api_error
 from nextn.server.services import Services
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}

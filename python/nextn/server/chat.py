@@ -17,8 +17,8 @@ from nextn.server.chat_text import ChatWriter, Collector
 from nextn.server.decoding import decode, read_body
 from nextn.server.generating import Choice, Plan, generate
 from nextn.server.openapi import documented
+from nextn.server.replies import EventStream, JsonReply, sse
 from nextn.server.requests import ChatRequest, StreamOptions
-from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.services import Services
 from nextn.server.tool_choice import offered_tools
 

@@ -24,8 +24,8 @@ from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import is_batch, read_prompts
 from nextn.server.proving import IsGone
+from nextn.server.replies import EventStream, JsonReply, sse
 from nextn.server.requests import CompletionRequest, StreamOptions
-from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.services import Services
 
 DEFAULT_MAX_TOKENS = 16

@@ -24,8 +24,8 @@ from nextn.server.openapi import documented
 from nextn.server.planning import Options, Wish, make_plan
 from nextn.server.prompts import MAX_BATCH, is_batch, maybe_in_thread, read_prompts
 from nextn.server.proving import IsGone
+from nextn.server.replies import EventStream, JsonReply, sse
 from nextn.server.requests import ChatRequest, DetokenizeRequest, GenerateRequest, NativeSampling, TokenizeRequest
-from nextn.server.responses import EventStream, JsonReply, sse
 from nextn.server.sampling import check_count, check_token_ids
 from nextn.server.services import Services
 
