@@ -59,6 +59,15 @@ def test_a_chat_streams_what_it_answers_in_one_piece(client: openai.OpenAI) -> N
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_a_response_is_the_chat_of_the_same_conversation(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model="demo", messages=HELLO, temperature=0, max_tokens=60)
+    response = client.responses.create(model="demo", input=HELLO, temperature=0, max_output_tokens=60)
+    assert response.output_text == chat.choices[0].message.content
+    assert chat.usage is not None
+    assert response.usage is not None
+    assert response.usage.output_tokens == chat.usage.completion_tokens
+
+
 def test_a_repeated_prompt_is_found_in_the_cache(server: Launched, client: openai.OpenAI) -> None:
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
     cached = []

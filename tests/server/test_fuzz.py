@@ -45,6 +45,7 @@ ENDPOINTS = [
     ("POST", "/tokenize"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
 ]
 
 

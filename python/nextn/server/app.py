@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nextn.errors import RequestError
-from nextn.server import admin, chat, completions, native
+from nextn.server import admin, chat, completions, native, responses
 from nextn.server.auth import ApiKeyGuard
 from nextn.server.errors import ApiError, from_request_error, unavailable
 from nextn.server.openapi import install_schema
@@ -32,7 +32,7 @@ def create_app(services: Services) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (chat, completions, native, admin):
+    for module in (chat, completions, responses, native, admin):
         app.include_router(module.router(services))
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(RequestError, _answer_request_error)

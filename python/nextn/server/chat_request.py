@@ -116,15 +116,16 @@ async def render_chat(services: Services, asked: ChatRequest, tools: list[dict[s
 def _check_numbers(messages: list[Message], most: int) -> None:
     """Refuse at once what cannot fit into a context of ``most`` tokens: each message, part and call takes one."""
     num_found = len(messages)
-    _check_number(num_found, most, "messages")
+    check_number(num_found, most, "messages")
     for index, message in enumerate(messages):
         for name, items in (("content", message.content), ("tool_calls", message.tool_calls)):
             if isinstance(items, list):
                 num_found += len(items)
-                _check_number(num_found, most, f"messages[{index}].{name}")
+                check_number(num_found, most, f"messages[{index}].{name}")
 
 
-def _check_number(num_found: int, most: int, where: str) -> None:
+def check_number(num_found: int, most: int, where: str) -> None:
+    """Refuse a conversation that has more parts than the context has tokens."""
     if num_found > most:
         message = f"Up to '{where}' there are {num_found} messages, parts and calls; the context has {most} tokens."
         raise invalid(message, where, "context_length_exceeded")
@@ -161,7 +162,7 @@ def _message(message: Message, where: str) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _arguments(
+                    "arguments": tool_arguments(
                         call.function.arguments or "{}", f"{where}.tool_calls[{index}].function.arguments"
                     ),
                 },
@@ -179,7 +180,7 @@ def _part(part: ContentPart, where: str) -> dict[str, str]:
     return {"type": "text", "text": part.text}
 
 
-def _arguments(given: str | dict[str, Any], where: str) -> dict[str, Any]:
+def tool_arguments(given: str | dict[str, Any], where: str) -> dict[str, Any]:
     """Templates walk the arguments of a tool call, so they must be an object; clients send them as a JSON string."""
     if isinstance(given, str):
         try:

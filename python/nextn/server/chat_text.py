@@ -29,6 +29,7 @@ class ChatWriter:
 
     tools: those that the model was told of; None leaves what looks like a call in the content
     prompt: the rendered prompt, whose end tells whether the answer begins inside its reasoning
+    is_cut: whether the output has ended inside a call
     """
 
     def __init__(self, services: Services, asked: ChatRequest, tools: list[dict[str, Any]] | None, prompt: str) -> None:
@@ -38,7 +39,7 @@ class ChatWriter:
         self._wants_steps = bool(asked.return_spec_steps)
         self._num_top = (asked.top_logprobs or 0) if asked.logprobs else None
         self._ends_after_call = asked.parallel_tool_calls is False
-        self._is_cut = False  # the last call, by the end of the output
+        self.is_cut = False
 
     def write(self, piece: Piece) -> tuple[list[ChatDelta], dict[str, Any] | None]:
         """The deltas of a piece, and the logprobs of its tokens.
@@ -50,7 +51,7 @@ class ChatWriter:
             deltas.append(_delta(part))
             if isinstance(part, ReasoningText | ContentText) or not part.is_last:
                 continue
-            self._is_cut = part.is_cut
+            self.is_cut = part.is_cut
             if self._ends_after_call and not part.is_cut:
                 piece.choice.finish("stop")
                 break
@@ -67,7 +68,7 @@ class ChatWriter:
 
     def finish_reason(self, choice: Choice) -> str | None:
         """OpenAI's word for how the choice ended: calls that may be made, or why there is no more."""
-        has_calls = self._parser.num_calls > 0 and not self._is_cut
+        has_calls = self._parser.num_calls > 0 and not self.is_cut
         return "tool_calls" if has_calls and choice.finish_reason == "stop" else choice.finish_reason
 
 

@@ -56,6 +56,14 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise invalid("The body is nested too deeply.") from None
 
 
+def convert(value: dict[str, Any], to: type[T], where: str) -> T:
+    """Part of a body that was decoded before its type was known, as strictly as ``decode``. where: its path"""
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise _from_validation(str(error), to, where) from None
+
+
 def check_depth(value: Any, param: str) -> None:
     """Refuse free-form JSON that code further down (templates, encoders) could not walk, or not soon."""
     level, num_values = _containers([value]), 0
@@ -78,10 +86,11 @@ def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
-def _from_validation(text: str, body: Any) -> ApiError:
+def _from_validation(text: str, body: Any, where: str = "") -> ApiError:
     match = _PATH.match(text)
     assert match is not None
-    reason, path = match["reason"], (match["path"] or "").lstrip(".")
+    reason, inner = match["reason"], (match["path"] or "").lstrip(".")
+    path = _join(where, inner) if inner else where
     if unknown := _UNKNOWN.match(reason):
         field = _join(path, unknown["field"])
         return invalid(f"Unknown parameter '{field:.200}'.", field[:200], "unknown_parameter")
@@ -89,7 +98,7 @@ def _from_validation(text: str, body: Any) -> ApiError:
         field = _join(path, missing["field"])
         return invalid(f"Missing required parameter '{field}'.", field, "missing_required_parameter")
     if wrong := _NO_OPTION.match(reason):
-        message = f"Invalid '{path:.200}': found {wrong['found']:.100}, expected {_options(body, path)}."
+        message = f"Invalid '{path:.200}': found {wrong['found']:.100}, expected {_options(body, inner)}."
         return invalid(message, path[:200], "invalid_value")
     if not path:
         return invalid(f"The body is wrong: {_lower_first(reason)}.")

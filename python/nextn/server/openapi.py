@@ -10,11 +10,13 @@ from fastapi.openapi.utils import get_openapi
 
 from nextn.server import requests
 from nextn.server.errors import ErrorBody
+from nextn.server.responses_request import ResponsesRequest
 
 REQUEST_TYPES = (
     requests.ChatRequest,
     requests.CompletionRequest,
     requests.GenerateRequest,
+    ResponsesRequest,
     requests.TokenizeRequest,
     requests.DetokenizeRequest,
     requests.AbortRequest,
@@ -26,7 +28,7 @@ def documented(body: type[msgspec.Struct] | None, *statuses: int, content: str =
     """Keyword arguments for a route: its body type, its success content, and the failures it can answer."""
     error = {"application/json": {"schema": {"$ref": _REFERENCE.format(name="ErrorBody")}}}
     responses: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": {content: {}}}}
-    if content == "application/json" and body in REQUEST_TYPES[:3]:
+    if content == "application/json" and body in REQUEST_TYPES[:4]:
         responses[200]["content"]["text/event-stream"] = {}
     for status in (400, 401, 413, 500, 503, *statuses) if body else (401, *statuses):
         responses[status] = {"description": "Failure", "content": error}

@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 SSE_DONE = b"data: [DONE]\n\n"
 
 
-def sse(payload: bytes) -> bytes:
+def sse(payload: bytes, name: str | None = None) -> bytes:
     """One server-sent event. JSON has no raw newline, so one ``data:`` line holds it."""
-    return b"data: " + payload + b"\n\n"
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + payload + b"\n\n"
 
 
 class JsonReply(Response):
@@ -51,13 +52,18 @@ class EventStream(Response):
 
     Headers leave with the first event, so a failure before it still has its own HTTP status; a failure after it
     becomes an error event, and the stream ends there.
+
+    last: ends a stream that did not fail
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_disconnect: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], on_disconnect: Callable[[], None], last: bytes = SSE_DONE
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
         self._on_disconnect = on_disconnect
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -74,7 +80,7 @@ class EventStream(Response):
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     begun = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-            last = SSE_DONE
+            last = self._last
         except Exception as error:
             failure = as_api_error(error)
             if not begun:

@@ -23,11 +23,11 @@ def is_given(value: Unread) -> bool:
     return bytes(value) not in (b"", b"null")
 
 
-class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True, gc=False):
+class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True, gc=False):
     """JSON has no cycles, so that the garbage collector need not walk the many that one body may be."""
 
 
-class SamplingFields(_Strict, kw_only=True, frozen=True):
+class SamplingFields(Strict, kw_only=True, frozen=True):
     """How to choose tokens and when to stop, as every generating endpoint takes it. None means: the default.
 
     top_k: -1 or 0 keeps all tokens
@@ -57,7 +57,7 @@ class SamplingFields(_Strict, kw_only=True, frozen=True):
     ebnf: str | None = None
 
 
-class StreamOptions(_Strict, kw_only=True, frozen=True):
+class StreamOptions(Strict, kw_only=True, frozen=True):
     """continuous_usage_stats: every chunk says the usage so far"""
 
     include_usage: bool | None = None
@@ -102,14 +102,14 @@ class CompletionRequest(OpenAIRequest, kw_only=True, frozen=True):
     suffix: str | None = None
 
 
-class CacheControl(_Strict, kw_only=True, frozen=True):
+class CacheControl(Strict, kw_only=True, frozen=True):
     """Asks that the prompt up to here be cached, as every prompt is: for as long as there is room, whatever ``ttl``."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
 
 
-class ContentPart(_Strict, kw_only=True, frozen=True):
+class ContentPart(Strict, kw_only=True, frozen=True):
     """A piece of a message. Only ``text`` is served; the rest is known so that the refusal can name the type."""
 
     type: str
@@ -122,19 +122,19 @@ class ContentPart(_Strict, kw_only=True, frozen=True):
     refusal: str | None = None
 
 
-class FunctionCall(_Strict, kw_only=True, frozen=True):
+class FunctionCall(Strict, kw_only=True, frozen=True):
     name: Annotated[str, Meta(min_length=1)]
     arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(_Strict, kw_only=True, frozen=True):
+class ToolCall(Strict, kw_only=True, frozen=True):
     function: FunctionCall
     id: str | None = None
     type: Literal["function"] | None = None
     index: int | None = None
 
 
-class Message(_Strict, kw_only=True, frozen=True):
+class Message(Strict, kw_only=True, frozen=True):
     """One message. The fields after ``name`` are what clients send back from earlier answers, unused.
 
     reasoning: another name for reasoning_content
@@ -156,7 +156,7 @@ class Message(_Strict, kw_only=True, frozen=True):
     function_call: None = None
 
 
-class JsonSchema(_Strict, kw_only=True, frozen=True):
+class JsonSchema(Strict, kw_only=True, frozen=True):
     """strict: the schema is enforced in any case"""
 
     name: str
@@ -165,44 +165,44 @@ class JsonSchema(_Strict, kw_only=True, frozen=True):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict, kw_only=True, frozen=True):
+class ResponseFormat(Strict, kw_only=True, frozen=True):
     """What the answer's content is; ``json_object`` is JSON of any object."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class ChatTemplateOptions(_Strict, kw_only=True, frozen=True):
+class ChatTemplateOptions(Strict, kw_only=True, frozen=True):
     """clear_thinking: false shows the model the reasoning of all its turns, true only that since the user's last"""
 
     enable_thinking: bool | None = None
     clear_thinking: bool | None = None
 
 
-class Thinking(_Strict, kw_only=True, frozen=True):
+class Thinking(Strict, kw_only=True, frozen=True):
     """What ``chat_template_kwargs`` says, as the API of GLM's makers says it."""
 
     type: Literal["enabled", "disabled"] | None = None
     clear_thinking: bool | None = None
 
 
-class NamedFunction(_Strict, kw_only=True, frozen=True):
+class NamedFunction(Strict, kw_only=True, frozen=True):
     name: str
 
 
-class NamedTool(_Strict, kw_only=True, frozen=True, tag_field="type", tag="function"):
+class NamedTool(Strict, kw_only=True, frozen=True, tag_field="type", tag="function"):
     """name: stands for ``function``, as OpenAI's other API has it"""
 
     function: NamedFunction | None = None
     name: str | None = None
 
 
-class ToolSubset(_Strict, kw_only=True, frozen=True):
+class ToolSubset(Strict, kw_only=True, frozen=True):
     mode: Literal["auto", "required"]
     tools: list[NamedTool]
 
 
-class AllowedTools(_Strict, kw_only=True, frozen=True, tag_field="type", tag="allowed_tools"):
+class AllowedTools(Strict, kw_only=True, frozen=True, tag_field="type", tag="allowed_tools"):
     """mode, tools: stand for ``allowed_tools``, as OpenAI's other API has it"""
 
     allowed_tools: ToolSubset | None = None
@@ -266,7 +266,7 @@ class NativeSampling(SamplingFields, kw_only=True, frozen=True):
     sampling_seed: Seed | None = None
 
 
-class GenerateRequest(_Strict, kw_only=True, frozen=True):
+class GenerateRequest(Strict, kw_only=True, frozen=True):
     """``POST /generate``: one prompt, or a batch of them, as text or as token ids.
 
     logprob_start_len: -1 returns logprobs of the output only, p ≥ 0 also of the prompt from position p on
@@ -296,7 +296,7 @@ class GenerateRequest(_Strict, kw_only=True, frozen=True):
     background: bool | None = None
 
 
-class TokenizeRequest(_Strict, kw_only=True, frozen=True):
+class TokenizeRequest(Strict, kw_only=True, frozen=True):
     """``POST /tokenize``: texts, or what a chat request with these messages makes of them.
 
     add_special_tokens: of texts; a chat template writes its own
@@ -311,12 +311,12 @@ class TokenizeRequest(_Strict, kw_only=True, frozen=True):
     add_special_tokens: bool | None = None
 
 
-class DetokenizeRequest(_Strict, kw_only=True, frozen=True):
+class DetokenizeRequest(Strict, kw_only=True, frozen=True):
     tokens: list[TokenId | TokenIds]
     model: str | None = None
     skip_special_tokens: bool | None = None
 
 
-class AbortRequest(_Strict, kw_only=True, frozen=True):
+class AbortRequest(Strict, kw_only=True, frozen=True):
     rid: Rid | None = None
     abort_all: bool | None = None
