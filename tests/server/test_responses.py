@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from nextn.server.answers import ChatDelta, FunctionDelta, ToolCallDelta
 from nextn.server.responses_items import OutputItems
+from nextn.server.responses_request import ResponsesRequest, as_chat
 
 from tests.server.conftest import MODEL, App, AppFactory
 from tests.server.fake_engine import CONTEXT_LENGTH
@@ -184,6 +187,15 @@ def test_what_an_answer_had_can_be_sent_back(make_app: AppFactory, stream: bool,
     assert "<think>Two cities.</think>" in prompt_of(app)
 
 
+def test_many_calls_in_a_row_are_read_soon() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    request = msgspec.json.decode(msgspec.json.encode({"input": [call] * 60_000}), type=ResponsesRequest)
+    started = time.process_time()
+    (message,) = as_chat(request, 100_000).messages
+    assert time.process_time() - started < 3
+    assert len(message.tool_calls or ()) == 60_000
+
+
 def test_turns_of_the_assistant_that_follow_each_other_stay_apart(make_app: AppFactory) -> None:
     app = scripted(make_app, "ok")
     items = [
@@ -274,6 +286,8 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"input": [{"role": "user", "content": "x", "colour": 1}]}, f"{ITEM}.colour"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, f"{ITEM}.content[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, f"{ITEM}.content[0].text"),
+    ({"input": [{"role": "user", "content": [{"type": {}}]}]}, f"{ITEM}.content[0].type"),
+    ({"input": [{"type": [], "content": "x"}]}, f"{ITEM}.type"),
     ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, f"{ITEM}.arguments"),
     ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, f"{ITEM}.call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": 5}]}, f"{ITEM}.output"),

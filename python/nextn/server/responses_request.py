@@ -326,11 +326,11 @@ def _add(messages: list[Message], item: Message) -> None:
     if last.role != "assistant" or item.role != "assistant" or not _may_follow(item, last):
         messages.append(item)
         return
-    messages[-1] = msgspec.structs.replace(
-        last,
-        content=last.content if item.content is None else item.content,
-        tool_calls=[*(last.tool_calls or ()), *(item.tool_calls or ())] or None,
-    )
+    if last.tool_calls is not None:
+        last.tool_calls.extend(item.tool_calls or ())
+        return
+    content = last.content if item.content is None else item.content
+    messages[-1] = msgspec.structs.replace(last, content=content, tool_calls=item.tool_calls)
 
 
 def _may_follow(item: Message, last: Message) -> bool:
@@ -356,7 +356,7 @@ def _text(content: str | list[dict[str, Any]], where: str) -> str:
         kind = part.get("type")
         if kind == "refusal" and isinstance(part.get("refusal"), str):
             texts.append(part["refusal"])
-        elif kind in _TEXTS:
+        elif isinstance(kind, str) and kind in _TEXTS:
             texts.append(convert(part, _TextPart, at).text)
         else:
             raise unsupported(f"'{at}.type' {kind!r:.100} is not supported; use 'input_text'.", f"{at}.type")
