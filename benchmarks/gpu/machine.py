@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from nextn.kernels import gpu
 
-from benchmarks.gpu.place import Place
+from benchmarks.gpu.place import Place, those_that_run
 from benchmarks.gpu.row import Failure, Machine, Outcome
 
 
@@ -53,14 +54,13 @@ def _fp8_flops(place: Place) -> float:
     size = 64 if place.is_rehearsal else 8192
     x, weight = (torch.randn(size, size, device=place.device).to(torch.float8_e4m3fn) for _ in range(2))
     rows, columns = torch.ones(size, 1, device=place.device), torch.ones(1, size, device=place.device)
-
-    def seconds(use_fast_accum: bool) -> float:
-        call = lambda: torch._scaled_mm(  # noqa: E731
-            x, weight.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
+    ways = [
+        partial(
+            *(torch._scaled_mm, x, weight.t(), rows, columns), out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
         )
-        return place.seconds_per_call([call])
-
-    return 2 * size**3 / min(map(seconds, (False, True)))
+        for use_fast_accum in (False, True)
+    ]
+    return 2 * size**3 / min(place.seconds_per_call([way]) for way in those_that_run(ways))
 
 
 def _driver() -> str:

@@ -14,7 +14,7 @@ from nextn.kernels.fp8_quantize import FP8, quantize_per_channel, quantize_per_t
 from nextn.kernels.matmul import w8a8_matmul, wide_matmul
 from nextn.kernels.matmul_config import MAX_TILES
 
-from benchmarks.gpu.place import Place, attempt, check, poisoned
+from benchmarks.gpu.place import Place, attempt, check, poisoned, those_that_run
 from benchmarks.gpu.row import Goal, Outcome, Row
 from benchmarks.gpu.shapes import config_of
 
@@ -87,7 +87,8 @@ def _row(place: Place, name: str, m: int) -> Row:
         with poisoned():
             got = product.ours(product.weights[-1])
         check(got, product.exact(product.weights[-1]), TOLERANCE, f"{linear}, M = {m}")
-        sides = (product.ours, *(partial(product.torchs, use_fast_accum=fast) for fast in (False, True)))
+        rivals = [partial(product.torchs, use_fast_accum=fast) for fast in (False, True)]
+        sides = (product.ours, *those_that_run(rivals, product.weights[-1]))
         ours, *both = place.seconds_side_by_side(
             [[partial(side, weight) for weight in product.weights] for side in sides]
         )

@@ -168,6 +168,20 @@ def attempt(what: str, run: Callable[[], Row]) -> Outcome:
         return Failure(what, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
+def those_that_run(ways: Sequence[Callable[..., object]], *arguments: object) -> list[Callable[..., object]]:
+    """Without those that the card, or the version of a library, does not have. Raises RuntimeError if none is left."""
+    found, errors = [], []
+    for way in ways:
+        try:
+            way(*arguments)
+            found.append(way)
+        except RuntimeError as error:
+            errors.append(error)
+    if not found:
+        raise errors[-1]
+    return found
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory is full of NaN, so that an element nobody wrote shows."""

@@ -291,6 +291,15 @@ def test_sides_take_turns_in_graphs_that_are_long_enough(monkeypatch: pytest.Mon
     assert lengths[2] == 1
 
 
+def test_rivals_that_a_card_does_not_have_are_left_out() -> None:
+    def missing(x: int) -> int:
+        raise RuntimeError(f"not built for {x}")
+
+    assert place.those_that_run([missing, abs, missing, float], 3) == [abs, float]
+    with pytest.raises(RuntimeError, match="not built for 3"):
+        place.those_that_run([missing, missing], 3)
+
+
 def test_a_test_that_needs_a_gpu_does_not_pass_without() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
