@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nextn.text.grammar import regex_form
 
 from tests.checkpoints import END_OF_LETTERS, said_in_letters, tiny_config, write_checkpoint, write_letters
 from tests.conftest import request, run_all
+from tests.gpu.checks import check_adds_up, logged_plan
 from tests.simulated_cuda import SimulatedCuda
 
 CONFIG = tiny_config(
@@ -129,3 +131,11 @@ def test_where_recording_fails_no_graph_keeps_what_it_recorded(
         engine_on_gpu(folder, num_draft_steps=0)
     assert len(graphs) == 2
     assert not any(graph.holds_operations for graph in graphs)
+
+
+def test_the_memory_plan_is_logged_and_adds_up(
+    folder: Path, simulated: SimulatedCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        engine_on_gpu(folder, num_draft_steps=0, enable_cuda_graph=False, max_total_tokens=64)
+    check_adds_up(logged_plan(caplog))

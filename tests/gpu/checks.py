@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from nextn.checkpoint.dummy import fill_dummy
 from nextn.config.model_config import ModelConfig
@@ -122,6 +123,13 @@ def check_new_requests_are_seen(
     for seed, fields in enumerate([{}, {"temperature": 0.8}, {}, {"temperature": 1.2, "top_k": 20}]):
         found = answers(engine, seed, seed + 2, **fields)
         assert found == answers(make_engine(**plain), seed, seed + 2, **fields), f"group {seed}, {fields}"
+
+
+def logged_plan(caplog: pytest.LogCaptureFixture) -> str:
+    """The memory plan, of which every row is a line of the log."""
+    lines = [record.getMessage() for record in caplog.records]
+    first = next(i for i, line in enumerate(lines) if line.startswith("GPU memory"))
+    return "\n".join(lines[first : first + len(some_plan().as_table().splitlines())])
 
 
 def check_adds_up(table: str) -> None:

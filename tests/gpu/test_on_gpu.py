@@ -20,6 +20,7 @@ from tests.gpu.checks import (
     check_logits,
     check_new_requests_are_seen,
     check_same_answers,
+    logged_plan,
     logits_of,
     random_pair,
     some_plan,
@@ -122,8 +123,7 @@ def test_the_memory_plan_of_a_loaded_engine_adds_up(
 ) -> None:
     with caplog.at_level(logging.INFO):
         engine = make_engine(device="cuda", mem_fraction_static=0.5, max_total_tokens=4096)
-    (table,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("GPU memory")]
-    check_adds_up(table)
+    check_adds_up(logged_plan(caplog))
     answered = torch.cuda.max_memory_allocated(cuda)
     assert answered <= 0.5 * torch.cuda.get_device_properties(cuda).total_memory
     assert engine.stats().num_pages * engine.config.page_size == 4096
