@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,8 @@ class Card:
 
     capability: int
     num_processors: int = 132
+    signatures: list[str] = field(default_factory=list, compare=False)
+    """Of the kernels that something was made to launch."""
 
     @property
     def utils(self) -> Any:
@@ -32,3 +34,6 @@ class Card:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> None:
+        self.signatures.append(str(source.signature))

@@ -56,7 +56,9 @@ def _compile(num_tokens: tuple[int, ...], *, is_rehearsal: bool) -> tuple[int, l
                 for _, call in part.launches(config, tokens, gpu.has_fp8_units(META)):
                     call()
         kernels = list(compiling.future_kernels.values())
-        return len(kernels), [error for kernel in kernels if (error := _error_of(kernel)) is not None]
+        errors = [error for kernel in kernels if (error := _error_of(kernel)) is not None]
+        gpu.make_launchers(pool, [asked.kernel for asked in kernels if asked.kernel is not None])
+        return len(kernels), errors
 
 
 def _error_of(kernel: Any) -> str | None:

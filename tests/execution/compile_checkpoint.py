@@ -29,7 +29,8 @@ CONTEXT, CHUNK, MAX_DRAFTS = 32, 2, 1
 
 def main(folder: str, arch: int) -> dict[str, int]:
     """arch: the card's compute capability, such as 90."""
-    triton.runtime.driver.set_active(Card(arch))
+    card = Card(arch)
+    triton.runtime.driver.set_active(card)
     counts: Counter[str] = Counter(compiled=0, found=0)
 
     def count(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
@@ -60,6 +61,7 @@ def main(folder: str, arch: int) -> dict[str, int]:
     ]
     assert kept, "what is compiled is at hand for launches"
     assert not any(isinstance(kernel, triton.FutureKernel) for kernel in kept), "and is what a launch takes"
+    assert sorted(card.signatures) == sorted({str(kernel.src.signature) for kernel in kept}), "and can be launched"
     return dict(counts)
 
 

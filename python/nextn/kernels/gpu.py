@@ -7,9 +7,9 @@ launch only compiles, for the card that Triton finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ __all__ = [
     "jit",
     "launch",
     "launch_options",
+    "make_launchers",
     "next_power_of_2",
     "num_processors",
     "prefetch_bytes",
@@ -86,9 +87,24 @@ def launch(
         kernel[grid](*arguments, **constants, **options)
 
 
-def compiling_in(pool: Executor) -> AbstractContextManager[Any]:
+@contextmanager
+def compiling_in(pool: Executor) -> Iterator[None]:
     """Launches over tensors without memory only ask the pool to compile, and the end of the context waits for it."""
-    return triton.AsyncCompileMode(pool)
+    with triton.AsyncCompileMode(pool) as compiling:
+        yield
+        asked = list(compiling.future_kernels.values())  # which the end of the context empties
+    make_launchers(pool, [kernel.result() for kernel in asked])
+
+
+def make_launchers(pool: Executor, kernels: Iterable[Any]) -> None:
+    """Have what launches compiled kernels made, and kept on disk, one for all that take arguments of the same types.
+
+    Triton 3.6 has a C compiler make it, when a kernel is first launched, which takes as long as to compile a small one.
+    """
+    by_signature = {str(kernel.src.signature): kernel for kernel in kernels}
+    make = triton.runtime.driver.active.launcher_cls
+    for made in [pool.submit(make, kernel.src, kernel.metadata) for kernel in by_signature.values()]:
+        made.result()
 
 
 def launch_options(num_warps: int, num_stages: int, *, starts_early: bool) -> dict[str, Any]:
