@@ -18,7 +18,7 @@ import torch
 from nextn.config.model_config import ModelConfig
 from nextn.kernels.verify import NO_TOKEN
 
-from benchmarks.gpu import place, tuning
+from benchmarks.gpu import draft, place, tuning
 from benchmarks.gpu.__main__ import ASKED_FOR, SECTIONS, TOTAL
 from benchmarks.gpu.candidates import Axes, Copies, Knobs, Patches, Work
 from benchmarks.gpu.floors import BF16, FP8, best_ratio, step_bytes
@@ -226,6 +226,21 @@ def test_a_section_that_hangs_is_stopped_with_all_that_it_started(
     while _is_alive(int(file.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_servers_that_are_not_ready_in_time_leave_what_they_logged() -> None:
+    """Also where something that they started goes on."""
+    code = "import subprocess, time; print('no such kernel', flush=True); subprocess.run(['sleep', '600'])"
+
+    def waiting(place: Place) -> Iterator[Outcome]:
+        yield _row("first")
+        draft.run([sys.executable, "-c", code], time.monotonic() + 2)
+
+    row, failure = _outcomes(waiting, seconds=30)
+    assert row == _row("first")
+    assert isinstance(failure, Failure)
+    assert "out of time in -c" in failure.error
+    assert failure.error.endswith("no such kernel\n")
 
 
 def _is_alive(pid: int) -> bool:
