@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import IO
 
 from benchmarks.gpu.place import OutOfTimeError, Place
 from benchmarks.gpu.row import Failure, Outcome
@@ -25,16 +28,22 @@ def run_isolated(name: str, section: Section, place: Place) -> Iterator[Outcome]
 
     The process is forked, which spares imports; so this one must never touch the card.
     """
+    with tempfile.TemporaryFile("w+") as stacks:
+        yield from _outcomes_of_process(name, section, place, stacks)
+
+
+def _outcomes_of_process(name: str, section: Section, place: Place, stacks: IO[str]) -> Iterator[Outcome]:
+    """stacks: where the process writes what it does when it crashes, and shortly before it is stopped"""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(section, place, sender))
+    process = context.Process(target=_run, args=(section, place, sender, stacks))
     process.start()
     sender.close()
     try:
         while True:
             left = place.deadline + GRACE - time.monotonic()
             if not receiver.poll(max(left, 0)):
-                yield Failure(name, "did not end in its time, and was stopped")
+                yield Failure(name, "did not end in its time, and was stopped", _read(stacks))
                 return
             try:
                 outcome = receiver.recv()
@@ -44,7 +53,7 @@ def run_isolated(name: str, section: Section, place: Place) -> Iterator[Outcome]
                 return
             yield outcome
         process.join(GRACE)
-        yield Failure(name, f"its process ended early, with exit code {process.exitcode}")
+        yield Failure(name, f"its process ended early, with exit code {process.exitcode}", _read(stacks))
     finally:
         with contextlib.suppress(ProcessLookupError):
             assert process.pid is not None, "it was started"
@@ -52,8 +61,15 @@ def run_isolated(name: str, section: Section, place: Place) -> Iterator[Outcome]
         process.join()
 
 
-def _run(section: Section, place: Place, sender: Connection) -> None:
+def _read(stacks: IO[str]) -> str:
+    stacks.seek(0)
+    return stacks.read()
+
+
+def _run(section: Section, place: Place, sender: Connection, stacks: IO[str]) -> None:
     os.setpgrp()  # so that whatever the section starts can be ended with it, and all with the session
+    faulthandler.enable(stacks)
+    faulthandler.dump_traceback_later(max(place.deadline + GRACE / 2 - time.monotonic(), GRACE / 2), file=stacks)
     for outcome in run_here("section", section, place):
         sender.send(outcome)
     sender.send(None)

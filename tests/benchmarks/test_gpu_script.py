@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,11 @@ def _dying(place: Place) -> Iterator[Outcome]:
     os._exit(13)
 
 
+def _crashing(place: Place) -> Iterator[Outcome]:
+    yield _row("first")
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def _late(place: Place) -> Iterator[Outcome]:
     yield _row("first")
     raise OutOfTimeError("out of time after first")
@@ -197,13 +203,19 @@ def _outcomes(section: Any, seconds: float = 60) -> list[Outcome]:
 
 @pytest.mark.parametrize(
     ("section", "error"),
-    [(_failing, "no such kernel"), (_dying, "exit code 13"), (_late, "out of time after first")],
+    [
+        (_failing, "no such kernel"),
+        (_dying, "exit code 13"),
+        (_crashing, "exit code -11"),
+        (_late, "out of time after first"),
+    ],
 )
 def test_a_section_that_fails_keeps_what_it_had(section: Any, error: str) -> None:
     row, failure = _outcomes(section)
     assert row == _row("first")
     assert isinstance(failure, Failure)
     assert error in failure.error
+    assert (section is not _crashing) or "in _crashing" in failure.trace
     assert _outcomes(_good) == [_row("first"), _row("second")], "the next section runs"
 
 
@@ -222,6 +234,7 @@ def test_a_section_that_hangs_is_stopped_with_all_that_it_started(
     assert row == _row("first")
     assert isinstance(failure, Failure)
     assert "did not end in its time" in failure.error
+    assert "in hanging" in failure.trace
     deadline = time.monotonic() + 10
     while _is_alive(int(file.read_text())):
         assert time.monotonic() < deadline
