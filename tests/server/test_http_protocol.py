@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from tests.server.conftest import App, AppFactory
 from tests.server.fake_engine import Behaviour
@@ -55,6 +56,34 @@ def test_a_request_that_asks_for_another_protocol_is_served_in_this_one(app: App
         connection.sendall(request[cut:] + last)
         answer = receive_all(connection)
     assert answer.count(b"HTTP/1.1 200") == answer.count(b'"text_completion"') == 2
+
+
+def test_pipelined_requests_that_ask_for_another_protocol_are_served_however_many(app: App) -> None:
+    num_requests = 1500
+    one = "\r\n".join(("GET /health HTTP/1.1", "connection: upgrade", "upgrade: h2c", "", "")).encode()
+    with connect(app) as connection:
+        connection.sendall(one * num_requests + post(SHORT, "connection: close"))
+        answer = receive_all(connection)
+    assert answer.count(b"HTTP/1.1 200") == num_requests + 1
+
+
+def test_a_pipelined_request_costs_the_same_however_many_wait(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_requests, num_looks = 1500, 0
+
+    def is_complete(cycle: RequestResponseCycle) -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return bool(vars(cycle)["is_complete"])
+
+    def set_complete(cycle: RequestResponseCycle, value: bool) -> None:
+        vars(cycle)["is_complete"] = value
+
+    monkeypatch.setattr(RequestResponseCycle, "response_complete", property(is_complete, set_complete), raising=False)
+    with connect(app) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * num_requests + post(SHORT, "connection: close"))
+        answer = receive_all(connection)
+    assert answer.count(b"HTTP/1.1 200") == num_requests + 1
+    assert num_looks < 50 * num_requests
 
 
 def test_connect_is_refused_in_the_contract_form(app: App) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -35,9 +36,12 @@ class CappedHttpProtocol(HttpToolsProtocol):
 
     _num_header_bytes = 0
     _in_headers = True
-    _requests: tuple[RequestResponseCycle, ...] = ()
     _headers_timer: asyncio.TimerHandle | None = None
     _num_ignored_bytes: int | None = None  # None while what comes is read
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._requests: deque[RequestResponseCycle] = deque()  # of which the first may be answered by now
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -60,12 +64,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
         if self._in_headers:
             self._num_header_bytes += len(data)
         self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._read_without_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse(invalid("The bytes on this connection are not a valid HTTP/1.1 request."))
+        self._parse(data)
         if self._in_headers and self._headers_timer is None and not self._unanswered:
             self._expect_headers()
         if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
@@ -73,16 +72,27 @@ class CappedHttpProtocol(HttpToolsProtocol):
                 ApiError(431, f"The headers have more than {MAX_HEADER_BYTES} bytes.", code="headers_too_large")
             )
 
-    def _read_without_upgrade(self, rest: bytes) -> None:
-        """Read the last headers again, without the one for which the parser left their body and all else (``rest``)."""
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self._refuse(invalid("The bytes on this connection are not a valid HTTP/1.1 request."))
+                return
+
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """The last headers again, without the one for which the parser left their body and all else (``rest``)."""
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
             self._refuse(invalid("CONNECT is not served here."))
-            return
+            return b""
         headers = b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"%s %s HTTP/%s\r\n%s\r\n%s" % (method, self.url, version, headers, rest))
+        return b"%s %s HTTP/%s\r\n%s\r\n%s" % (method, self.url, version, headers, rest)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -90,7 +100,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._stop_expecting_headers()
         super().on_headers_complete()
-        self._requests = (*self._unanswered, self.cycle)
+        self._unanswered.append(self.cycle)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
@@ -123,9 +133,11 @@ class CappedHttpProtocol(HttpToolsProtocol):
         return send
 
     @property
-    def _unanswered(self) -> tuple[RequestResponseCycle, ...]:
-        """The requests whose responses are not complete, in order."""
-        return tuple(cycle for cycle in self._requests if not cycle.response_complete)
+    def _unanswered(self) -> deque[RequestResponseCycle]:
+        """The requests whose responses are not complete, in the order of both."""
+        while self._requests and self._requests[0].response_complete:
+            self._requests.popleft()
+        return self._requests
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -177,8 +189,7 @@ class CappedHttpProtocol(HttpToolsProtocol):
         """Read nothing more, and close: with ``error``, or after the responses that are under way."""
         self._num_ignored_bytes = 0
         if self._is_reading_request:
-            *others, refused = self._unanswered
-            self._requests = tuple(others)
+            refused = self._unanswered.pop()
             refused.disconnected = True
             refused.message_event.set()
         if self._unanswered:
