@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -13,9 +14,10 @@ import httpx
 import jsonschema_rs
 import openai
 import pytest
+from nextn.errors import RequestError
 from nextn.server import proving
 from nextn.text.grammar import regex_form
-from nextn.text.grammar_compiler import UnknownGrammar
+from nextn.text.grammar_compiler import GrammarProver, UnknownGrammar
 from pydantic import BaseModel, Field
 
 from tests.server.conftest import App, AppFactory, wait_until
@@ -264,4 +266,40 @@ def test_a_grammar_whose_client_has_left_is_not_compiled(make_app: AppFactory) -
         assert first.result().status_code == 200
     assert completion(app, "b").status_code == 200
     with pytest.raises(UnknownGrammar):
-        app.services.recall_grammar(grammar)
+        app.services.check_grammar(grammar, at_once=True)
+
+
+def test_a_grammar_that_is_slow_to_translate_holds_up_nothing_else(make_app: AppFactory) -> None:
+    app = make_app(fresh=True)
+    body = {"prompt": "x", "max_tokens": 1, "ebnf": "root ::= " + 60_000 * "\n"}
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(app.http.post, "/v1/completions", json=body, timeout=300)
+        wait_until(app.services.proving._turn.locked)
+        started = time.monotonic()
+        assert app.http.get("/health").status_code == 200
+        assert time.monotonic() - started < 2
+        check_error(slow.result(), 400, "ebnf", "invalid_value")
+
+
+def test_a_request_with_many_slow_grammars_gives_its_turn_up(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, num_tried = make_app(fresh=True), 0
+
+    def check(_: GrammarProver, grammar: str, vocab_size: int, eos_token_ids: Any, *, at_once: bool = False) -> None:
+        nonlocal num_tried
+        if at_once:
+            raise UnknownGrammar
+        num_tried += 1
+        time.sleep(0.1)
+        raise RequestError("it takes too long")
+
+    monkeypatch.setattr(GrammarProver, "check", check)
+    monkeypatch.setattr("nextn.server.grammar.MAX_TURN", 0.25)
+    properties = {f"n{i}": {"type": "integer"} for i in range(100)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+    body = {"model": "demo", "messages": HELLO, "tools": [tool], "tool_choice": "required"}
+    found = app.http.post("/v1/chat/completions", json=body)
+    check_error(found, 400, None, "invalid_request_error")
+    assert "take more than 0.25 s" in found.json()["error"]["message"]
+    assert num_tried <= 3

@@ -61,14 +61,36 @@ def test_what_was_refused_is_refused_again_without_another_process(
         prover.check(wrong, 2560, EOS)
     for grammar in (bad, wrong):
         with pytest.raises(UnknownGrammar):
-            prover.recall(grammar, 2560, EOS)
+            prover.check(grammar, 2560, EOS, at_once=True)
     monkeypatch.setattr(grammar_compiler, "SECONDS_OF_DISTRUST", 1000.0)
     with pytest.raises(RequestError) as first:
         prover.check(bad, 2560, EOS)
     (tmp_path / "tokenizer.json").unlink()  # no process can start any more
-    for ask in (prover.check, prover.recall):
+    for at_once in (False, True):
         with pytest.raises(RequestError, match=re.escape(str(first.value))):
-            ask(bad, 2560, EOS)
+            prover.check(bad, 2560, EOS, at_once=at_once)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "root ::= \n" + 60_000 * "\n",
+        "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(6000)) + 'r6000 ::= "x"',
+    ],
+    ids=["empty lines", "rules in a row"],
+)
+def test_what_is_translated_for_too_long_is_refused_in_time(
+    prover: GrammarProver, monkeypatch: pytest.MonkeyPatch, hostile: str
+) -> None:
+    assert "start" in prover.to_lark('root ::= "a"', 2560, EOS)
+    monkeypatch.setattr(grammar_compiler, "SECONDS_TO_COMPILE", 1.0)
+    started = time.monotonic()
+    for at_once in (False, True):
+        with pytest.raises(RequestError, match=r"^it takes more than 1 s, .*, to translate$"):
+            prover.to_lark(hostile, 2560, EOS, at_once=at_once)
+    assert time.monotonic() - started < 10
+    lark = prover.to_lark('root ::= "a"', 2560, EOS, at_once=True)
+    assert ebnf_form(lark, "ebnf", lambda grammar: prover.check(grammar, 2560, EOS), str)
 
 
 @pytest.mark.parametrize("nothing", ["root ::= root", "start: s\ns: s"])

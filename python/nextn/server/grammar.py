@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -15,7 +17,7 @@ from nextn.server.proving import IsGone
 from nextn.server.requests import ChatRequest, NamedTool, SamplingFields
 from nextn.server.services import Services
 from nextn.server.tool_choice import Tools, forced_tools
-from nextn.text.grammar import Check, Form, Reasoning, Tags, ebnf_form, json_form, regex_form, whole_output
+from nextn.text.grammar import Check, Form, Reasoning, Tags, Translate, ebnf_form, json_form, regex_form, whole_output
 from nextn.text.grammar_compiler import UnknownGrammar
 from nextn.text.tool_grammar import ToolGrammar
 
@@ -23,6 +25,16 @@ T = TypeVar("T")
 
 ANY_OBJECT = {"type": "object"}
 OWN_FIELDS = ("json_schema", "regex", "ebnf")
+
+MAX_TURN = 5.0
+"""Seconds that one request may have its grammars compiled before no more of them are begun; each has a limit too."""
+
+
+class _Prover(NamedTuple):
+    """What compiles and translates the parts of a request's grammar."""
+
+    check: Check
+    translate: Translate
 
 
 async def own_grammar(services: Services, fields: SamplingFields, is_gone: IsGone, prefix: str = "") -> str | None:
@@ -35,7 +47,7 @@ async def own_grammar(services: Services, fields: SamplingFields, is_gone: IsGon
     if not given:
         return None
     _check(services, fields, prefix, given[0])
-    form = await _proven(services, lambda check: _form(fields, prefix, check), is_gone)
+    form = await _proven(services, lambda prover: _form(fields, prefix, prover), is_gone)
     return None if form is None else form.as_grammar()
 
 
@@ -55,16 +67,29 @@ async def chat_grammar(
     own = [name for name in OWN_FIELDS if getattr(asked, name) is not None]
     _check(services, asked, "", (*own, "response_format" if _asks_for_form(asked) else "tools")[0])
     return await _proven(
-        services, lambda check: _chat_grammar(services, asked, offered, forced, prompt, check), is_gone
+        services, lambda prover: _chat_grammar(services, asked, offered, forced, prompt, prover), is_gone
     )
 
 
-async def _proven(services: Services, make: Callable[[Check], T], is_gone: IsGone) -> T:
+async def _proven(services: Services, make: Callable[[_Prover], T], is_gone: IsGone) -> T:
     """What ``make`` builds of grammars that it has checked: at once where they are known, else when its turn comes."""
+    check, translate = services.check_grammar, services.translate_grammar
     try:
-        return await asyncio.to_thread(make, services.recall_grammar)
+        return await asyncio.to_thread(make, _Prover(partial(check, at_once=True), partial(translate, at_once=True)))
     except UnknownGrammar:
-        return await services.proving.run(lambda: make(services.check_grammar), is_gone)
+        return await services.proving.run(lambda: make(_in_turn(check, translate)), is_gone)
+
+
+def _in_turn(check: Check, translate: Translate) -> _Prover:
+    """Both, until the turn that begins now has taken too long: tools may come with a thousand grammars."""
+    end = time.monotonic() + MAX_TURN
+
+    def checked(grammar: str) -> None:
+        if time.monotonic() > end:
+            raise invalid(f"The grammars of this request take more than {MAX_TURN:g} s to compile; ask for less.")
+        check(grammar)
+
+    return _Prover(checked, translate)
 
 
 def _chat_grammar(
@@ -73,9 +98,9 @@ def _chat_grammar(
     offered: Tools,
     forced: Tools,
     prompt: str,
-    check: Check,
+    prover: _Prover,
 ) -> str:
-    form = _response_form(asked, check)
+    check, form = prover.check, _response_form(asked, prover)
     if forced and form is not None:
         message = "'tool_choice' asks for a call, and something else for another form of the answer; send one of them."
         raise invalid(message, "tool_choice", "invalid_value")
@@ -112,31 +137,31 @@ def _check(services: Services, fields: SamplingFields, prefix: str, asking: str)
         raise invalid(message, f"{prefix}ignore_eos", "invalid_value")
 
 
-def _response_form(asked: ChatRequest, check: Check) -> Form | None:
-    own, form = _form(asked, "", check), asked.response_format
+def _response_form(asked: ChatRequest, prover: _Prover) -> Form | None:
+    own, form = _form(asked, "", prover), asked.response_format
     if form is None or form.type == "text":
         return own
     if own is not None:
         raise invalid("'response_format' and a grammar contradict each other; send one of them.", "response_format")
     if form.json_schema is None:
-        return json_form(ANY_OBJECT, "response_format", check)
+        return json_form(ANY_OBJECT, "response_format", prover.check)
     check_depth(form.json_schema.schema, "response_format.json_schema.schema")
     schema = form.json_schema.schema
     param = "response_format.json_schema.schema"
-    return json_form(ANY_OBJECT if schema is None else schema, param, check)
+    return json_form(ANY_OBJECT if schema is None else schema, param, prover.check)
 
 
-def _form(fields: SamplingFields, prefix: str, check: Check) -> Form | None:
+def _form(fields: SamplingFields, prefix: str, prover: _Prover) -> Form | None:
     names = [name for name in OWN_FIELDS if getattr(fields, name) is not None]
     if len(names) > 1:
         message = f"'{prefix}{names[0]}' and '{prefix}{names[1]}' contradict each other; send one of them."
         raise invalid(message, f"{prefix}{names[0]}", "invalid_value")
     if fields.json_schema is not None:
         param = f"{prefix}json_schema"
-        return json_form(_schema(fields.json_schema, param), param, check)
+        return json_form(_schema(fields.json_schema, param), param, prover.check)
     if fields.regex is not None:
-        return regex_form(fields.regex, f"{prefix}regex", check)
-    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf", check)
+        return regex_form(fields.regex, f"{prefix}regex", prover.check)
+    return None if fields.ebnf is None else ebnf_form(fields.ebnf, f"{prefix}ebnf", *prover)
 
 
 def _schema(given: str | dict[str, Any] | bool, param: str) -> dict[str, Any] | bool:

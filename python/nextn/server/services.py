@@ -50,15 +50,15 @@ class Services:
             raise invalid(message, param, "no_tokenizer")
         return self.tokenizer
 
-    def check_grammar(self, grammar: str) -> None:
-        """Raises RequestError where the engine could not hold an output to it."""
+    def check_grammar(self, grammar: str, *, at_once: bool = False) -> None:
+        """Raises RequestError where the engine could not hold an output to it. at_once: see ``GrammarProver.check``"""
         ready = self.engine.require_ready()
-        self.prover.check(grammar, ready.vocab_size, ready.eos_token_ids)
+        self.prover.check(grammar, ready.vocab_size, ready.eos_token_ids, at_once=at_once)
 
-    def recall_grammar(self, grammar: str) -> None:
-        """``check_grammar`` without waiting for anything. Raises UnknownGrammar where it has to be compiled first."""
+    def translate_grammar(self, ebnf: str, *, at_once: bool = False) -> str:
+        """It in Lark. Raises RequestError where it is no grammar. at_once: see ``GrammarProver.check``"""
         ready = self.engine.require_ready()
-        self.prover.recall(grammar, ready.vocab_size, ready.eos_token_ids)
+        return self.prover.to_lark(ebnf, ready.vocab_size, ready.eos_token_ids, at_once=at_once)
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served; a request may leave the name out."""

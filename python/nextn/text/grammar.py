@@ -13,9 +13,9 @@ from enum import Enum, auto
 from typing import Any
 
 from llguidance import regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
 
 from nextn.errors import RequestError
+from nextn.text.grammar_compiler import to_lark
 from nextn.text.reasoning import THINK_CLOSE, THINK_OPEN, starts_inside_reasoning
 from nextn.text.tokenizer import Tokenizer
 
@@ -37,6 +37,9 @@ LAYOUT = "NL: /\\n{0,2}/\nTEXT: /(.|\\n)+/\n"
 
 Check = Callable[[str], object]
 """Compiles a grammar; raises RequestError where it is wrong, or too much."""
+
+Translate = Callable[[str], str]
+"""``to_lark``, or what has it done elsewhere."""
 
 HEAD = '%llguidance {"no_forcing": true}\n'
 """What a grammar forces is spelled in any way: of the tags' tokens, which it would prefer, no text is made."""
@@ -98,12 +101,12 @@ def regex_form(pattern: str, param: str, check: Check) -> Form:
     return _checked(Form({"lark_grammar": f"{HEAD}start: /{lark}/"}), param, check)
 
 
-def ebnf_form(text: str, param: str, check: Check) -> Form:
+def ebnf_form(text: str, param: str, check: Check, translate: Translate = to_lark) -> Form:
     """Text of a context-free grammar, written as for llama.cpp (GBNF) or Lark. Raises RequestError where it is none."""
     _check_len(text, param)
     try:
-        lark = any_to_lark(text)
-    except Exception as error:  # whatever its parser stumbles over
+        lark = translate(text)
+    except RequestError as error:
         raise RequestError(f"{param}: {error}", param, "invalid_value") from None
     return _checked(Form({"lark_grammar": lark}), param, check)
 

@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
 
 from nextn.errors import RequestError
 
@@ -35,8 +37,24 @@ SECONDS_OF_DISTRUST = 60.0
 """How long a bad one is not tried again; a busy machine may have been the reason."""
 
 
-_Question = tuple[str, int, tuple[int, ...]]
-"""A grammar, and the vocabulary's size and end tokens."""
+class _Question(NamedTuple):
+    """What is asked of a grammar: whether it can be compiled, or what it is in Lark. vocab_size, eos_token_ids: of the
+    vocabulary that it is for."""
+
+    kind: Literal["compile", "translate"]
+    grammar: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class _Verdict(NamedTuple):
+    """complaint: what is wrong with a grammar, nothing where it is well; lark: what it was translated to
+    until: when it is asked again, as ``time.monotonic``
+    """
+
+    complaint: str
+    lark: str = ""
+    until: float = float("inf")
 
 
 def read_vocabulary(folder: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
@@ -71,12 +89,23 @@ def short_error(matcher: LLMatcher) -> str:
     return complaint
 
 
+def to_lark(ebnf: str) -> str:
+    """A context-free grammar in llama.cpp's notation (GBNF) or in Lark's, in Lark's. Raises RequestError if it is none.
+
+    What it takes grows with the square of the grammar's length, and more.
+    """
+    try:
+        return any_to_lark(ebnf)
+    except Exception as error:  # whatever its parser stumbles over
+        raise RequestError(str(error)[:MAX_COMPLAINT_LEN]) from None
+
+
 class UnknownGrammar(Exception):
     """Whether a grammar is good is not known before it is compiled."""
 
 
 class GrammarProver:
-    """Compiles grammars in a process that may be lost. Started when first asked; threads may share it.
+    """Compiles and translates grammars in a process that may be lost. Started when first asked; threads may share it.
 
     folder: where the tokenizer.json is
     """
@@ -85,64 +114,71 @@ class GrammarProver:
         self._folder = str(folder)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._verdicts: dict[_Question, tuple[str, float]] = {}  # what is wrong, and until when that is held to be so
+        self._verdicts: dict[_Question, _Verdict] = {}
 
-    def check(self, grammar: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """Raises RequestError where the engine could not compile the grammar, or not in time."""
-        question = (grammar, vocab_size, tuple(eos_token_ids))
-        with self._lock:
-            complaint = self._known(question)
-            if complaint is None:
-                complaint = self._ask(grammar, [self._folder, str(vocab_size), *map(str, eos_token_ids)])
-                self._remember(question, complaint)
-        if complaint:
-            raise RequestError(complaint)
+    def check(self, grammar: str, vocab_size: int, eos_token_ids: Sequence[int], *, at_once: bool = False) -> None:
+        """Raises RequestError where the engine could not compile the grammar, or not in time.
 
-    def recall(self, grammar: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """``check`` where the answer is known, at once. Raises UnknownGrammar where it is not."""
-        complaint = self._known((grammar, vocab_size, tuple(eos_token_ids)))
-        if complaint is None:
+        at_once: do not wait, but raise UnknownGrammar where the answer is not known
+        """
+        self._find(_Question("compile", grammar, vocab_size, tuple(eos_token_ids)), at_once)
+
+    def to_lark(self, ebnf: str, vocab_size: int, eos_token_ids: Sequence[int], *, at_once: bool = False) -> str:
+        """``to_lark`` of this module. Raises RequestError also where it takes too long. at_once: see ``check``"""
+        return self._find(_Question("translate", ebnf, vocab_size, tuple(eos_token_ids)), at_once)
+
+    def _find(self, question: _Question, at_once: bool) -> str:
+        verdict = self._known(question)
+        if verdict is None and at_once:
             raise UnknownGrammar
-        if complaint:
-            raise RequestError(complaint)
+        if verdict is None:
+            with self._lock:
+                verdict = self._known(question)
+                if verdict is None:
+                    verdict = self._ask(question)
+                    self._remember(question, verdict)
+        if verdict.complaint:
+            raise RequestError(verdict.complaint)
+        return verdict.lark
 
-    def _known(self, question: _Question) -> str | None:
-        """What is wrong with a grammar that was asked about, nothing where it is well; None where it was not asked."""
-        complaint, until = self._verdicts.get(question, ("", 0.0))
-        return complaint if time.monotonic() < until else None
+    def _known(self, question: _Question) -> _Verdict | None:
+        verdict = self._verdicts.get(question)
+        return verdict if verdict is not None and time.monotonic() < verdict.until else None
 
-    def _remember(self, question: _Question, complaint: str) -> None:
+    def _remember(self, question: _Question, verdict: _Verdict) -> None:
         self._verdicts.pop(question, None)
         if len(self._verdicts) >= NUM_VERDICTS:
             del self._verdicts[next(iter(self._verdicts))]
-        until = time.monotonic() + SECONDS_OF_DISTRUST if complaint else float("inf")
-        self._verdicts[question] = (complaint, until)
+        if verdict.complaint:
+            verdict = verdict._replace(until=time.monotonic() + SECONDS_OF_DISTRUST)
+        self._verdicts[question] = verdict
 
-    def _ask(self, grammar: str, vocabulary: list[str]) -> str:
-        """What is wrong with a grammar; nothing where it is well."""
+    def _ask(self, question: _Question) -> _Verdict:
         process = self._process
         if process is None or process.poll() is not None:
+            vocabulary = [self._folder, str(question.vocab_size), *map(str, question.eos_token_ids)]
             command = [sys.executable, "-m", __name__, *vocabulary]
             process = self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if self._answer(process, SECONDS_TO_START) is None:
-                return "the vocabulary cannot be read"
+                return _Verdict("the vocabulary cannot be read")
         assert process.stdin is not None, "it is a pipe"
         try:
-            process.stdin.write(json.dumps(grammar).encode() + b"\n")
+            process.stdin.write(json.dumps((question.kind, question.grammar)).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
-            return "it cannot be compiled"
-        complaint = self._answer(process, SECONDS_TO_COMPILE)
-        if complaint is None:
-            return f"it takes more than {SECONDS_TO_COMPILE:g} s, or more memory than there is for it, to compile"
-        return complaint
+            return _Verdict("it cannot be compiled")
+        verdict = self._answer(process, SECONDS_TO_COMPILE)
+        if verdict is None:
+            most = f"{SECONDS_TO_COMPILE:g} s, or more memory than there is for it"
+            return _Verdict(f"it takes more than {most}, to {question.kind}")
+        return verdict
 
-    def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> str | None:
+    def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> _Verdict | None:
         """What the process says; None, and its end, where it says nothing in time."""
         assert process.stdout is not None, "it is a pipe"
         line = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else b""
         if line:
-            return str(json.loads(line))
+            return _Verdict(*json.loads(line))
         process.kill()
         process.wait()
         self._process = None
@@ -154,16 +190,20 @@ def _serve(folder: str, vocab_size: str, *eos_token_ids: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     vocabulary = read_vocabulary(folder, int(vocab_size), list(map(int, eos_token_ids)))
-    print(json.dumps(""), flush=True)
+    print(json.dumps([""]), flush=True)
     for line in sys.stdin:
         signal.alarm(int(2 * SECONDS_TO_COMPILE))  # should the server be gone meanwhile
-        complaint = ""
+        complaint = lark = ""
+        kind, grammar = json.loads(line)
         try:
-            compile_grammar(vocabulary, json.loads(line))
+            if kind == "translate":
+                lark = to_lark(grammar)
+            else:
+                compile_grammar(vocabulary, grammar)
         except RequestError as error:
             complaint = str(error)
         signal.alarm(0)
-        print(json.dumps(complaint), flush=True)
+        print(json.dumps([complaint, lark]), flush=True)
 
 
 if __name__ == "__main__":
