@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nextn.server.errors import ApiError, invalid
@@ -21,7 +22,8 @@ def offered_tools(asked: ChatRequest) -> Tools:
     subset = choice.subset
     if subset is None:
         raise _missing("tool_choice.allowed_tools")
-    allowed = {_index_of(named, tools) for named in subset.tools}
+    indices = _indices(tools)
+    allowed = {_index_of(named, indices) for named in subset.tools}
     return {i: tool for i, tool in tools.items() if i in allowed}
 
 
@@ -36,17 +38,21 @@ def forced_tools(asked: ChatRequest, offered: Tools) -> Tools:
     if mode == "required":
         return offered
     assert isinstance(choice, NamedTool), "decoded as one"
-    index = _index_of(choice, offered)
+    index = _index_of(choice, _indices(offered))
     return {index: offered[index]}
 
 
-def _index_of(named: NamedTool, tools: Tools) -> int:
+def _indices(tools: Tools) -> Mapping[str, int]:
+    """Of the tools, by their names."""
+    return {tool["function"]["name"]: index for index, tool in tools.items()}
+
+
+def _index_of(named: NamedTool, indices: Mapping[str, int]) -> int:
     name = named.function.name if named.function is not None else named.name
     if name is None:
         raise _missing("tool_choice.function")
-    for index, tool in tools.items():
-        if tool["function"]["name"] == name:
-            return index
+    if name in indices:
+        return indices[name]
     raise invalid(f"'tool_choice' names {name!r:.100}, which is none of 'tools'.", "tool_choice", "invalid_value")
 
 
