@@ -89,6 +89,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"presence_penalty": 2.5}, "presence_penalty"),
     (COMPLETIONS, {"frequency_penalty": -2.5}, "frequency_penalty"),
     (COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
+    (COMPLETIONS, {"repetition_penalty": 1e-300}, "repetition_penalty"),
     (COMPLETIONS, {"repetition_penalty": -1}, "repetition_penalty"),
     (COMPLETIONS, {"logit_bias": {"5": 101}}, "logit_bias[...]"),
     (COMPLETIONS, {"logit_bias": {"5": "x"}}, "logit_bias[...]"),

@@ -12,7 +12,8 @@ from nextn.protocol.messages import AddRequest, RequestOutput, SpecStep, TokenLo
 from nextn.scheduler.sequence import Sequence
 
 LARGEST = 10**6
-"""Of what changes logits: float32 rounds a logit beyond it so much that nothing is left of what the model said."""
+"""Of what changes logits: float32 rounds a logit beyond it so much that nothing is left of what the model said.
+What divides them is at least its reciprocal: much less makes them infinite."""
 
 
 class _Range(NamedTuple):
@@ -36,7 +37,7 @@ _RANGES = {
     "top_k": _Range(0, 2**31 - 1),
     "top_p": _Range(0, 1, is_open=True),
     "min_p": _Range(0, 1),
-    "repetition_penalty": _Range(0, LARGEST, is_open=True),
+    "repetition_penalty": _Range(1 / LARGEST, LARGEST),
     "presence_penalty": _Range(-LARGEST, LARGEST),
     "frequency_penalty": _Range(-LARGEST, LARGEST),
     "seed": _Range(-(2**63), 2**63 - 1),
