@@ -310,6 +310,20 @@ def test_a_schema_that_cannot_be_enforced_is_refused_if_strict_and_left_aside_if
     assert error.value.param == "tools[0].function.parameters.properties.ids"
 
 
+def test_a_schema_that_is_too_long_is_not_looked_at_argument_by_argument(tokenizer: Tokenizer) -> None:
+    properties = {f"p{i}": {"$ref": "#/$defs/number"} for i in range(5000)}
+    parameters = {"type": "object", "properties": properties, "$defs": {"number": {"type": "number"}}}
+
+    def tool(**more: Any) -> list[dict[str, Any]]:
+        return [{"type": "function", "function": {"name": "find", "parameters": parameters, **more}}]
+
+    with pytest.raises(RequestError, match=r"^tools: their schemas make a grammar of \d+ characters"):
+        tool_output("calls", tokenizer, enforce_all=True, tools=tool())
+    with pytest.raises(RequestError, match="refers into a schema of more than") as error:
+        tool_output("calls", tokenizer, enforce_all=True, tools=tool(strict=True))
+    assert error.value.param == "tools[0].function.parameters.properties.p0"
+
+
 def test_the_parts_of_an_output_are_told_apart_as_the_grammar_has_them(
     tokenizer: Tokenizer, vocabulary: LLTokenizer
 ) -> None:

@@ -138,6 +138,16 @@ def test_an_unknown_argument_may_be_anything(parameters: Any) -> None:
         assert schemas.type_of(tool, "x").to_json("seven") == '"seven"'
 
 
+def test_arguments_with_references_share_one_copy_of_the_schema() -> None:
+    """A copy for each would be gigabytes where there are thousands."""
+    properties = {f"p{i}": {"$ref": "#/$defs/number"} for i in range(300)}
+    parameters = {"type": "object", "properties": properties, "$defs": {"number": {"type": "number"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    schemas = [schema for _, schema, _ in ToolSchemas(tools).arguments_of("f")]
+    assert len(schemas) == 300
+    assert len({id(schema["$defs"]["root"]) for schema in schemas}) == 1
+
+
 def test_references_that_multiply_cost_no_time() -> None:
     """Each definition names the next twice: 2^40 paths."""
     defs: dict[str, Any] = {f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}] * 2} for i in range(40)}

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nextn.errors import RequestError
-from nextn.text.grammar import Check, Form, Tags, json_form
+from nextn.text.grammar import MAX_GRAMMAR_LEN, Check, Form, Tags, json_form
 from nextn.text.reasoning import THINK_CLOSE, THINK_OPEN
 from nextn.text.tool_calls import CALL_CLOSE, CALL_OPEN, KEY_CLOSE, KEY_OPEN, VALUE_CLOSE, VALUE_OPEN
-from nextn.text.tool_schema import NOTES, ToolSchemas
+from nextn.text.tool_schema import NOTES, ToolSchemas, refers_into_root
 
 _VALUE = "VALUE: /(.|\\n)+/ & ~/(.|\\n)*<\\/arg_value>(.|\\n)*/"
 """A value is not to spell its closing tag out, letter by letter."""
@@ -66,13 +66,15 @@ class ToolGrammar:
 
     def _arguments(self, i: int, function: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         """Of each argument of the i-th tool the key, the Lark expression of its value, and whether it must be there."""
-        name = function["name"]
+        arguments, param = self._schemas.arguments_of(function["name"]), f"tools[{i}].function.parameters"
+        is_long = len(json.dumps(function.get("parameters"))) > MAX_GRAMMAR_LEN
         return [
-            (key, self._value(f"value_{i}_{j}", function, key, schema, f"tools[{i}].function.parameters"), is_needed)
-            for j, (key, schema, is_needed) in enumerate(self._schemas.arguments_of(name))
+            (key, self._value(f"value_{i}_{j}", function, key, schema, param, is_long), is_needed)
+            for j, (key, schema, is_needed) in enumerate(arguments)
         ]
 
-    def _value(self, part: str, function: Mapping[str, Any], key: str, schema: Any, param: str) -> str:
+    def _value(self, part: str, function: Mapping[str, Any], key: str, schema: Any, param: str, is_long: bool) -> str:
+        """is_long: whether the tool's whole schema is, so that no argument can be held to what refers into it"""
         value_type, at = self._schemas.type_of(function["name"], key), f"{param}.properties.{key:.100}"
         if value_type.types is None or "string" in value_type.types:
             options = self._schemas.texts_of(function["name"], key)
@@ -85,6 +87,9 @@ class ToolGrammar:
                 raise RequestError(message, at, "invalid_value")
             return "VALUE?"
         try:
+            if is_long and refers_into_root(schema):
+                message = f"{at}: refers into a schema of more than {MAX_GRAMMAR_LEN} characters; shorten it"
+                raise RequestError(message, at, "invalid_value")
             self.parts[part] = json_form(schema, at, self._check)
         except RequestError:
             if function.get("strict"):

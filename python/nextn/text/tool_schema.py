@@ -24,6 +24,9 @@ JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array
 NOTES = frozenset({"title", "description", "default", "examples", "$comment", "$schema", "$id", "deprecated"})
 """Keywords that ask for nothing."""
 
+_ROOT = "#/$defs/root"
+"""Where a tool's whole schema stands in that of one argument."""
+
 Schema = Any
 """A JSON schema: a mapping or a boolean; anything else says nothing."""
 
@@ -74,21 +77,22 @@ class ToolSchemas:
     def arguments_of(self, tool: str) -> list[tuple[str, Schema, bool]]:
         """Name, schema and whether it is required, of each argument that the tool's schema lists, in its order.
 
-        The schema stands alone: one with references has a copy of the root, into which they point.
+        The schema stands alone: those with references share a copy of the root, into which they point.
         """
         root = self._parameters.get(tool)
         if not isinstance(root, Mapping):
             return []
         given, listed = root.get("properties"), root.get("required")
         properties = given if isinstance(given, Mapping) else {}
-        required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        names = [*properties, *(name for name in dict.fromkeys(required) if name not in properties)]
+        required = dict.fromkeys(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else {}
+        names = [*properties, *(name for name in required if name not in properties)]
+        definitions = {"root": _moved(root)}
         found = []
         for name in names:
             schema = properties.get(name, True)
             if isinstance(schema, Mapping) and '"$ref"' in json.dumps(schema):
                 place = name.replace("~", "~0").replace("/", "~1")
-                schema = {"$ref": f"#/$defs/root/properties/{place}", "$defs": {"root": _moved(root)}}
+                schema = {"$ref": f"{_ROOT}/properties/{place}", "$defs": definitions}
             found.append((name, schema, name in required))
         return found
 
@@ -217,11 +221,16 @@ class _Reader:
         return schema if schema is True else None
 
 
+def refers_into_root(schema: Schema) -> bool:
+    """Whether the schema of an argument, as ``arguments_of`` gives it, has the tool's whole schema in it."""
+    return isinstance(schema, Mapping) and str(schema.get("$ref")).startswith(_ROOT)
+
+
 def _moved(schema: Schema) -> Schema:
-    """A root that stands at #/$defs/root, its references still pointing into it."""
+    """A root that stands at _ROOT, its references still pointing into it."""
     if isinstance(schema, Mapping):
         return {
-            key: f"#/$defs/root{value[1:]}"
+            key: f"{_ROOT}{value[1:]}"
             if key == "$ref" and isinstance(value, str) and value.startswith("#")
             else _moved(value)
             for key, value in schema.items()
