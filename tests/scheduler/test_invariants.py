@@ -105,6 +105,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
 
     @invariant()
+    def nobody_waits_for_memory_that_there_is(self) -> None:
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        if scheduler.may_admit or not scheduler.waiting or len(scheduler.running) == 3:
+            return
+        first = scheduler.waiting[0]
+        path = pages.cache.match(first.tokens, first.request.cache_salt, scheduler._max_prefix(first))
+        missing = pages.pages_for(len(first.tokens) + 1) - len(path)
+        assert missing > pages.num_available - sum(node.ref_count == 0 for node in path)
+
+    @invariant()
     def the_prefix_cache_claims_no_entries_that_were_not_made(self) -> None:
         claimed = {node.page for node in self.scheduler.pages.cache.nodes() if node.has_draft}
         assert claimed <= self.with_entries

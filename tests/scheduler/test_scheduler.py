@@ -98,6 +98,16 @@ def test_a_prefix_that_others_compute_meanwhile_lets_a_request_in() -> None:
     assert step(scheduler) == {"a": 1, "b": 2}
 
 
+def test_a_prefix_that_others_take_hold_of_leaves_its_place_to_the_rest_of_a_request() -> None:
+    scheduler = make_scheduler(num_pages=8)
+    add(scheduler, "before", list(range(12)), max_new=1)
+    step(scheduler)
+    add(scheduler, "all of it", list(range(15)), max_new=9, prompt_logprobs_start=0)  # which is why it is computed
+    add(scheduler, "waiting", [*range(12), *range(80, 90)], max_new=1)
+    assert step(scheduler) == {"all of it": 15}
+    assert step(scheduler) == {"all of it": 1, "waiting": 10}
+
+
 def test_places_to_run_and_to_wait_are_all_taken_before_requests_are_refused() -> None:
     scheduler = make_scheduler(max_running=2, max_queued=3)
     for rid in "abcde":

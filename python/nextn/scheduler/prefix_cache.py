@@ -75,7 +75,10 @@ class PrefixCache:
         return path
 
     def has_next(self, path: Sequence[CacheNode], tokens: Sequence[int], salt: str) -> bool:
-        """Whether the page of ``tokens`` behind a path that ``match`` gave is cached by now."""
+        """Whether ``match`` may find more by now than a path that it gave: the page behind that, or a new path where
+        that was evicted."""
+        if path and not path[-1].alive:
+            return True
         first = len(path) * self._page_size
         key: Key = tuple(tokens[first : first + self._page_size])
         return (key in path[-1].children) if path else ((salt, *key) in self._root.children)

@@ -72,11 +72,12 @@ class Decision(NamedTuple):
 
 
 class _Refused(NamedTuple):
-    """The sequence for which there was no memory when it was last tried, with what there was and what was cached."""
+    """The sequence for which there was no memory when it was last tried, with what was cached of it and how many pages
+    it needs beside."""
 
     arrival: int
-    num_available: int
     prefix: list[CacheNode]
+    missing: int
 
 
 class Scheduler:
@@ -216,12 +217,11 @@ class Scheduler:
             seq = self.waiting[0]
             if before is not None and self._rank(seq) > self._rank(before):
                 break
-            num_available = self.pages.num_available
             self.pages.attach_prefix(seq, self._max_prefix(seq))
             extend = self._plan(seq, budget, num_drafts)
             missing = self.pages.pages_for(len(seq.tokens) + 1) - len(seq.pages)
             if extend is None or missing > self.pages.num_available or not self._make_room(extend):
-                self._refused = _Refused(seq.arrival, num_available, seq.nodes)
+                self._refused = _Refused(seq.arrival, seq.nodes, missing)
                 self.pages.release(seq)
                 break
             self._refused = None
@@ -237,12 +237,16 @@ class Scheduler:
         return admitted
 
     def _is_refused(self, seq: Sequence) -> bool:
-        """Whether there was no memory for the sequence, and neither that nor its cached prefix has grown."""
+        """Whether there was no memory for the sequence, and still is none, nor more of it cached."""
         last = self._refused
         if last is None or last.arrival != seq.arrival or not self.running:
             return False
-        has_grown = self.pages.cache.has_next(last.prefix, seq.tokens, seq.request.cache_salt)
-        return self.pages.num_available <= last.num_available and not has_grown
+        if self.pages.cache.has_next(last.prefix, seq.tokens, seq.request.cache_salt):
+            return False
+        num_available = self.pages.num_available
+        if num_available >= last.missing:  # pages of its own prefix are no room for the rest
+            num_available -= sum(node.ref_count == 0 for node in last.prefix)
+        return num_available < last.missing
 
     def _max_prefix(self, seq: Sequence) -> int:
         """At least one token must be computed, and every prompt position whose logprob is wanted and not yet known."""
