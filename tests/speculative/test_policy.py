@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
 from nextn.speculative.policy import DraftLengthPolicy
@@ -190,3 +191,16 @@ def test_the_draft_entries_of_prompts_count(num_prompt_tokens: int, expected: se
     for _ in range(500):
         policy.observe_traffic(num_prompt_tokens, 1)
     assert policy.best(4) in expected
+
+
+def test_batch_sizes_that_are_guessed_from_each_other_cost_no_time() -> None:
+    """Of every batch but the first one k is known: two guesses for each of the others, level by level, are 2^21."""
+    policy = DraftLengthPolicy(MAX_DRAFTS)
+    for k in range(MAX_DRAFTS + 1):
+        policy.observe(1, k, 0.01 + 0.001 * k)
+    sizes = [2, 3, 4, *(size for octave in range(3, 12) for size in (5 << octave - 3, 7 << octave - 3))]
+    for level, num_seqs in enumerate(sizes):
+        policy.observe(num_seqs, level % (MAX_DRAFTS + 1), 0.01 * (level + 2))
+    started = time.monotonic()
+    assert policy.best(sizes[-1]) in range(MAX_DRAFTS + 1)
+    assert time.monotonic() - started < 1

@@ -130,7 +130,8 @@ class DraftLengthPolicy:
         """The k with the most expected tokens per second, as far as known; none, if drafting hardly gains."""
         costs, yields = self._costs_at(num_seqs, has_fixed), self._expected_tokens()
         upkeep = UPKEEP_SHARE * self._prompt_token_seconds * self._prompts_per_token * num_seqs
-        speeds = [tokens / (costs.estimate(k) + (tokens * upkeep if k else 0)) for k, tokens in enumerate(yields)]
+        seconds = costs.estimates()
+        speeds = [tokens / (seconds[k] + (tokens * upkeep if k else 0)) for k, tokens in enumerate(yields)]
         speeds[0] *= MIN_GAIN
         return speeds.index(max(speeds))
 
@@ -258,14 +259,16 @@ class _StepCosts:
 
     def estimate(self, k: int) -> float:
         """Seconds of a step with k drafts; infinite if there is nothing to go by."""
-        if self.num_seen[k]:
-            return exp(self._pace + self._own[k])
+        return self.estimates()[k]
+
+    def estimates(self) -> list[float]:
+        """``estimate`` of every k."""
+        measured = {k: exp(self._pace + self._own[k]) for k, num_seen in enumerate(self.num_seen) if num_seen}
         if self.guess is None:
-            return float("inf")
-        measured = [other for other, num_seen in enumerate(self.num_seen) if num_seen]
-        nearest = min(measured, key=lambda other: abs(other - k), default=None)
-        scale = 1.0 if nearest is None else self.estimate(nearest) / self.guess.estimate(nearest)
-        return self.guess.estimate(k) * scale
+            return [measured.get(k, float("inf")) for k in range(len(self.num_seen))]
+        guess = self.guess.estimates()
+        ratios = {k: seconds / guess[k] for k, seconds in measured.items()} or {0: 1.0}
+        return [seconds * ratios[min(ratios, key=lambda other: abs(other - k))] for k, seconds in enumerate(guess)]
 
     def update(self, k: int, seconds: float) -> None:
         self.untimed = 0
