@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -259,3 +260,11 @@ def test_a_weight_that_is_quantized_alone_takes_its_input_wide(device: torch.dev
     assert torch.equal(linear(spoilt, weight), linear(x, weight))
     exact = x.double() @ (codes.double() * scale.double()).t()
     assert float((linear(x, weight).double() - exact).norm() / exact.norm()) < 0.005
+
+
+def test_a_weight_with_blocks_takes_no_input_that_was_quantized_by_the_token(device: torch.device) -> None:
+    x = torch.randn(3, 64, dtype=torch.bfloat16, device=device)
+    codes, scale = quantize_blocks(torch.randn(32, 64, device=device), (16, 32))
+    weight = replace(store_weight(codes, None, scale, (16, 32), batch_invariant=False), quantizes_input=True)
+    for_others = Rows(*quantize_per_token(x), x, x.dtype)
+    assert torch.equal(linear(for_others, weight), linear(x, weight))

@@ -237,10 +237,15 @@ def _stored(
 
 def _operand(x: torch.Tensor | Rows, weight: StoredWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x as the product takes it, and its scale where it is quantized."""
-    if not weight.quantizes_input:
-        wide = x.wide if isinstance(x, Rows) else x
-        assert wide is not None, "the weight wants its input wide"
-        return wide, None
-    if isinstance(x, Rows):
+    if isinstance(x, Rows) and weight.quantizes_input and _suits(x, weight):
         return x.q, x.scale
-    return quantize_per_token(x) if weight.block is None else quantize_per_group(x, weight.block[1])
+    wide = x.wide if isinstance(x, Rows) else x
+    assert wide is not None, "the weight wants its input wide, or quantized in another way"
+    if not weight.quantizes_input:
+        return wide, None
+    return quantize_per_token(wide) if weight.block is None else quantize_per_group(wide, weight.block[1])
+
+
+def _suits(x: Rows, weight: StoredWeight) -> bool:
+    """Whether x has a scale for each of the weight's blocks. A weight with scales per channel takes any."""
+    return weight.block is None or (weight.scale is not None and x.scale.shape[1] == weight.scale.shape[1])
