@@ -93,6 +93,18 @@ def test_what_is_translated_for_too_long_is_refused_in_time(
     assert ebnf_form(lark, "ebnf", lambda grammar: prover.check(grammar, 2560, EOS), str)
 
 
+def test_a_grammar_that_is_in_use_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_compiler, "NUM_VERDICTS", 2)
+    prover = GrammarProver(checkpoint_dir())
+    used, *others = (regex_form(pattern, "regex", str).as_grammar() for pattern in ("used", "a", "b"))
+    prover.check(used, 2560, EOS)
+    for grammar in others:
+        prover.check(grammar, 2560, EOS)
+        prover.check(used, 2560, EOS, at_once=True)
+    with pytest.raises(UnknownGrammar):
+        prover.check(others[0], 2560, EOS, at_once=True)
+
+
 @pytest.mark.parametrize("nothing", ["root ::= root", "start: s\ns: s"])
 def test_what_allows_nothing_is_refused(prover: GrammarProver, nothing: str) -> None:
     with pytest.raises(RequestError):

@@ -114,7 +114,8 @@ class GrammarProver:
         self._folder = str(folder)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._verdicts: dict[_Question, _Verdict] = {}
+        self._memory = threading.Lock()
+        self._verdicts: dict[_Question, _Verdict] = {}  # the latest used are the last
 
     def check(self, grammar: str, vocab_size: int, eos_token_ids: Sequence[int], *, at_once: bool = False) -> None:
         """Raises RequestError where the engine could not compile the grammar, or not in time.
@@ -142,16 +143,20 @@ class GrammarProver:
         return verdict.lark
 
     def _known(self, question: _Question) -> _Verdict | None:
-        verdict = self._verdicts.get(question)
-        return verdict if verdict is not None and time.monotonic() < verdict.until else None
+        with self._memory:
+            verdict = self._verdicts.pop(question, None)
+            if verdict is None or time.monotonic() >= verdict.until:
+                return None
+            self._verdicts[question] = verdict
+            return verdict
 
     def _remember(self, question: _Question, verdict: _Verdict) -> None:
-        self._verdicts.pop(question, None)
-        if len(self._verdicts) >= NUM_VERDICTS:
-            del self._verdicts[next(iter(self._verdicts))]
         if verdict.complaint:
             verdict = verdict._replace(until=time.monotonic() + SECONDS_OF_DISTRUST)
-        self._verdicts[question] = verdict
+        with self._memory:
+            if len(self._verdicts) >= NUM_VERDICTS:
+                del self._verdicts[next(iter(self._verdicts))]
+            self._verdicts[question] = verdict
 
     def _ask(self, question: _Question) -> _Verdict:
         process = self._process
