@@ -259,7 +259,7 @@ class _StepCosts:
 
     def estimate(self, k: int) -> float:
         """Seconds of a step with k drafts; infinite if there is nothing to go by."""
-        return self.estimates()[k]
+        return exp(self._pace + self._own[k]) if self.num_seen[k] else self.estimates()[k]
 
     def estimates(self) -> list[float]:
         """``estimate`` of every k."""
