@@ -12,6 +12,7 @@ from nextn.config.engine_config import EngineConfig
 from nextn.config.ranks import RankPlace
 from nextn.errors import NextnError, PeerLost
 from nextn.execution.engine import Engine
+from nextn.execution.grammar_line import GrammarLine
 from nextn.execution.rank_process import configure_logging, end_as_lost, end_with_parent, joined
 from nextn.execution.threads import set_num_threads
 from nextn.protocol.channel import EngineEnd
@@ -31,6 +32,9 @@ from nextn.protocol.messages import (
 
 IDLE_POLL_MS = 500
 """How often an idle engine looks whether its parent still lives."""
+
+COMPILING_POLL_MS = 1
+"""How often it looks while a grammar is compiled."""
 
 STILL_HERE_SECONDS = 1.0
 """How often an idle engine tells the other ranks that it is there, and so learns whether they are."""
@@ -70,7 +74,7 @@ def run_engine(
                     load_seconds=engine.load_seconds,
                 )
             )
-            _serve(engine, end, parent_pid)
+            _serve(engine, GrammarLine(engine), end, parent_pid)
             engine.close()
     except PeerLost as error:
         end.close()
@@ -84,21 +88,25 @@ def run_engine(
         end.close()
 
 
-def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
+def _serve(engine: Engine, line: GrammarLine, end: EngineEnd, parent_pid: int) -> None:
     end.send(engine.draft_health())
     told = engine.health_revision
     heard_at = time.monotonic()
     while os.getppid() == parent_pid:
-        outputs: list[RequestOutput] = []
-        messages = end.receive(0 if engine.has_work or engine.has_background_work else IDLE_POLL_MS)
+        is_busy = engine.has_work or engine.has_background_work
+        messages = end.receive(0 if is_busy else COMPILING_POLL_MS if line else IDLE_POLL_MS)
+        outputs = line.admit()
         for message in messages:
             if isinstance(message, Shutdown):
-                end.send(StepOutput(outputs + engine.abort(None), engine.stats()))
+                end.send(StepOutput(outputs + line.abort(None), engine.stats()))
+                line.close()
                 return
-            outputs += _handle(engine, end, message)
+            outputs += _handle(engine, line, end, message)
         has_worked = engine.has_work
         outputs += engine.step()
-        if has_worked or messages:  # also without outputs: a long prompt's chunks show that the engine is alive
+        if (
+            has_worked or messages or outputs
+        ):  # also without outputs: a long prompt's chunks show that the engine is alive
             end.send(StepOutput(outputs, engine.stats()))
         engine.work_in_background()
         now = time.monotonic()
@@ -112,13 +120,12 @@ def _serve(engine: Engine, end: EngineEnd, parent_pid: int) -> None:
             told = engine.health_revision
 
 
-def _handle(engine: Engine, end: EngineEnd, message: ToEngine) -> list[RequestOutput]:
+def _handle(engine: Engine, line: GrammarLine, end: EngineEnd, message: ToEngine) -> list[RequestOutput]:
     match message:
         case AddRequest():
-            refusal = engine.add(message)
-            return [refusal] if refusal is not None else []
+            return line.add(message)
         case Abort(rid):
-            return engine.abort(rid)
+            return line.abort(rid)
         case FlushCache(call_id):
             end.send(CallReply(call_id, {"flushed_pages": engine.flush_cache()}))
         case GetInfo(call_id):
