@@ -292,6 +292,8 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, f"{ITEM}.call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": 5}]}, f"{ITEM}.output"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "gAAAA"}]}, f"{ITEM}.encrypted_content"),
+    ({"input": [{"type": "reasoning", "encrypted_content": "nextn:é"}]}, f"{ITEM}.encrypted_content"),
+    ({"input": [{"type": "reasoning", "encrypted_content": "nextn:/w=="}]}, f"{ITEM}.encrypted_content"),
     ({"input": [{"role": "user", "content": "x"}] * (CONTEXT_LENGTH + 1)}, f"input[{CONTEXT_LENGTH}]"),
     ({"input": "x " * 2 * CONTEXT_LENGTH}, "input"),
     ({"max_output_tokens": 0}, "max_output_tokens"),

@@ -7,7 +7,6 @@ become turns of a chat; what one assistant turn consists of may be several items
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -271,7 +270,7 @@ def _unsealed(text: str, where: str) -> str:
     try:
         if text.startswith(_SEALED):
             return base64.b64decode(text.removeprefix(_SEALED), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, or no text in it
         pass
     raise invalid(f"'{where}' is not of this server; leave it out.", where, "invalid_value")
 
