@@ -378,6 +378,25 @@ def test_how_deltas_are_cut_changes_no_item() -> None:
     assert built(1)[1]["content"][0]["text"] == "\n\n  said"
 
 
+def test_blanks_belong_to_no_call_and_no_reasoning() -> None:
+    items = OutputItems(seals_reasoning=False)
+    call = ToolCallDelta(index=0, id="c", function=FunctionDelta(name="f"))
+    arguments = ToolCallDelta(index=0, function=FunctionDelta(arguments="{}"))
+    deltas = [
+        ChatDelta(content="\n"),
+        ChatDelta(reasoning_content="think"),
+        ChatDelta(content="\n"),
+        ChatDelta(tool_calls=[call]),
+        ChatDelta(tool_calls=[arguments]),
+    ]
+    grown = "".join(event.get("delta", "") for delta in deltas for event in items.add(delta))
+    items.end(is_cut=False)
+    reasoning, called = items.items
+    assert reasoning["content"][0]["text"] == "think"
+    assert called["arguments"] == "{}"
+    assert grown == "think{}"
+
+
 def test_an_answer_of_blanks_alone_is_a_message() -> None:
     items = OutputItems(seals_reasoning=False)
     assert items.add(ChatDelta(content="\n")) == []

@@ -50,21 +50,21 @@ class OutputItems:
         """The answer is over. is_cut: before the last item was complete"""
         events: list[Event] = []
         if self._texts and not self._is_open and not self.items:
-            events += self._open("message")  # of blanks alone
+            blanks = self._texts
+            events += self._open("message")
+            self._texts = blanks
         return events + self._close("incomplete" if is_cut else "completed")
 
     def _grow(self, kind: str, text: str) -> list[Event]:
         events: list[Event] = []
         if not self._is_open or self.items[-1]["type"] != kind:
             events += self._close()
-            self._texts.append(text)
             if kind == "message" and not text.strip():
+                self._texts.append(text)
                 return events  # what separates reasoning from a call is no message
-            text = "".join(self._texts)
+            text = "".join([*self._texts, text]) if kind == "message" else text
             events += self._open(kind)
-            self._texts = [text]
-        else:
-            self._texts.append(text)
+        self._texts.append(text)
         name = "function_call_arguments" if kind == "function_call" else _PART_TYPE[kind]
         event = {"type": f"response.{name}.delta", **self._place(kind), "delta": text}
         return [*events, {**event, "logprobs": []} if kind == "message" else event]
@@ -75,7 +75,7 @@ class OutputItems:
         if kind == "message":
             item["role"] = "assistant"
         self.items.append(item)
-        self._is_open = True
+        self._is_open, self._texts = True, []
         events: list[Event] = [
             {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": item}
         ]
