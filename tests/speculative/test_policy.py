@@ -130,6 +130,16 @@ def test_what_changes_the_length_of_every_step_does_not_mislead_it(what: str, ac
     assert speed(DraftLengthPolicy(MAX_DRAFTS), 0) >= 0.97 * best
 
 
+@pytest.mark.parametrize("costs", [(1.0, 0.05), (0.05, 1.0)], ids=["cheap", "dear"])
+def test_it_notices_when_drafting_becomes(costs: tuple[float, float]) -> None:
+    """What a number of drafts costs beside another may change by so much that most of it looks like a hold-up."""
+    policy = DraftLengthPolicy(MAX_DRAFTS)
+    for draft_cost in costs:
+        simulate(policy, 0.8, draft_cost, 1, 10_000)
+    found = simulate(policy, 0.8, costs[1], 1, 5_000)
+    assert found >= 0.97 * max(speeds(0.8, costs[1]))
+
+
 def test_what_holds_a_few_steps_up_is_not_taken_for_the_price_of_a_number() -> None:
     """The first tries of each number do not follow each other."""
     policy = DraftLengthPolicy(MAX_DRAFTS)

@@ -6,8 +6,8 @@ serving; the best k maximises tokens per second. Now and then another k is tried
 dearer the try, the rarer.
 
 Steps also grow longer or shorter for reasons that have nothing to do with k: contexts grow, clocks change, a neighbour
-computes. So a step's seconds are a pace times what is k's own. The pace follows every step, whatever its k; and a k
-that was timed long ago is judged at the pace of today.
+computes. So a step's seconds are a pace times what is k's own. The pace follows every step of the k in use; and a k
+that was timed long ago is judged at the pace of today, until a try tells what is its own today.
 
 Under load most steps compute prompts beside the decoding sequences. What a prompt token takes is measured as well, and
 taken off, so that such steps teach too.
@@ -45,12 +45,16 @@ SPREAD_MEMORY = 0.05
 RATE_MEMORY = 0.005
 """Weights of one new observation in the running means of the pace, of how far off steps are, and of an acceptance."""
 
+RETURN_WEIGHT = 0.2
+"""Weight of one new observation in what is a k's own, where it was not timed for a while: others have told the pace."""
+
 MAX_STEPS_SEEN = 50
 """What is a k's own is the mean of so many steps, and from then on a running one."""
 
 FIRST_SPREAD, MIN_SPREAD = 0.1, 0.02
 MAX_SPREADS = 2.0
-"""A step that is off by more than so many times what is usual was held up by something else, and counts as that."""
+"""A step that is off by more than so many times what is usual was held up by something else, and counts as that;
+unless the same k was off as much a while ago."""
 
 FIRST_GUESS = 0.7
 GUESS_WEIGHT = 4
@@ -248,6 +252,10 @@ class _StepCosts:
         self._pace = 0.0
         self._own = [0.0] * (max_drafts + 1)
         self._spread = FIRST_SPREAD
+        # Of each k the latest step, counted, and how far off the latest one was that came after others.
+        self._num_steps = 0
+        self._timed_at = [0] * (max_drafts + 1)
+        self._returned_off = [0.0] * (max_drafts + 1)
 
     @property
     def is_complete(self) -> bool:
@@ -273,14 +281,21 @@ class _StepCosts:
     def update(self, k: int, seconds: float) -> None:
         self.untimed = 0
         self.num_seen[k] += 1
+        self._num_steps += 1
+        num_others, self._timed_at[k] = self._num_steps - self._timed_at[k] - 1, self._num_steps
         off = log(seconds) - self._pace - self._own[k]
         if self.num_seen[k] <= TRIES_AT_FIRST:
             # The first tries warm caches up: the fastest says most.
             self._own[k] += off if self.num_seen[k] == 1 else min(off, 0.0)
             return
+        share, most = 1 / min(self.num_seen[k], MAX_STEPS_SEEN), MAX_SPREADS * self._spread
+        if num_others >= MIN_PROBE_GAP:
+            before, self._returned_off[k] = self._returned_off[k], off
+            most = max(most, abs(before)) if before * off > 0 else most
+            self._own[k] += max(share, RETURN_WEIGHT) * max(-most, min(off, most))
+            return
         # What a k does not know of itself yet is its own; of one that is known, what changes is the pace.
-        off = max(-MAX_SPREADS * self._spread, min(off, MAX_SPREADS * self._spread))
+        off = max(-most, min(off, most))
         self._spread = max(MIN_SPREAD, self._spread + SPREAD_MEMORY * (abs(off) - self._spread))
-        share = 1 / min(self.num_seen[k], MAX_STEPS_SEEN)
         self._own[k] += share * off
         self._pace += PACE_MEMORY * (1 - share) * off
