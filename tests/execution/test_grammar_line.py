@@ -12,6 +12,7 @@ from nextn.config.engine_config import EngineConfig
 from nextn.demo import checkpoint_dir
 from nextn.execution.engine import Engine
 from nextn.execution.grammar_line import GrammarLine
+from nextn.speculative.grammar import NUM_KEPT, Grammars
 from nextn.text.grammar import regex_form
 
 from tests.checkpoints import tiny_config, write_checkpoint
@@ -69,6 +70,30 @@ def test_a_grammar_that_takes_no_time_is_there_with_the_next_step(engine: Engine
     assert line.add(request("a", [5, 6], 9, grammar=PATTERN, ignore_eos=False)) == []
     assert not line
     assert "a" in engine.scheduler
+
+
+def test_a_grammar_that_is_known_does_not_wait_for_others(engine: Engine, line: GrammarLine) -> None:
+    engine.check_grammar(PATTERN)
+    assert line.add(request("slow", [5, 6], 3, grammar=slow_grammar(5), ignore_eos=False)) == []
+    assert line.add(request("known", [5, 6], 9, grammar=PATTERN, ignore_eos=False)) == []
+    assert len(line) == 1
+    assert "known" in engine.scheduler
+
+
+def test_what_was_compiled_is_not_compiled_again_however_many_others_were_since(
+    engine: Engine, line: GrammarLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    here = Grammars._compile
+    monkeypatch.setattr(Grammars, "_compile", lambda self, text: compiled.append(text) or here(self, text))
+    grammars = [regex_form(f"[ab]{{2,5}}{number}", "regex", str).as_grammar() for number in range(NUM_KEPT + 5)]
+    line.add(request("slow", [5, 6], 3, grammar=slow_grammar(6), ignore_eos=False))
+    for number, grammar in enumerate(grammars):
+        assert line.add(request(f"r{number}", [5, 6], 9, grammar=grammar, ignore_eos=False)) == []
+    while len(compiled) <= len(grammars):
+        time.sleep(0.01)
+    assert _wait(line) == []
+    assert len(compiled) == len(grammars) + 1
 
 
 def test_a_grammar_that_is_wrong_is_refused_once(line: GrammarLine) -> None:

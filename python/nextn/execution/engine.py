@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import torch
+from llguidance import LLMatcher
 
 from nextn.config.engine_config import MAX_NUM_DRAFT_STEPS, EngineConfig
 from nextn.distributed.parallel import SINGLE, TensorParallel
@@ -125,8 +126,11 @@ class Engine:
         if self._shadow is not None:
             self._shadow.run(is_idle=not self.has_work)
 
-    def add(self, request: AddRequest) -> RequestOutput | None:
-        """Queue a request. Returns its terminal output at once if it is refused, else None."""
+    def add(self, request: AddRequest, matcher: LLMatcher | None = None) -> RequestOutput | None:
+        """Queue a request. Returns its terminal output at once if it is refused, else None.
+
+        matcher: of its grammar, which is compiled here without
+        """
         try:
             if request.rid in self.scheduler:
                 raise RequestError(f"rid: {request.rid!r} is in use by a running request; choose another", "rid")
@@ -134,7 +138,8 @@ class Engine:
             if self.scheduler.is_full:
                 limit = self.config.max_running_requests + self.config.max_queued_requests
                 return refusal(request, "queue_full", f"{limit} requests run or wait already; try again later")
-            matcher = None if request.grammar is None else self._grammars.compile(request.grammar)
+            if request.grammar is not None and matcher is None:
+                matcher = self._grammars.compile(request.grammar)
         except RequestError as error:
             return refusal(request, "invalid", str(error))
         seq = self.scheduler.add(request)
@@ -145,6 +150,14 @@ class Engine:
     def check_grammar(self, grammar: str) -> None:
         """Raises RequestError where outputs cannot be held to it."""
         self._grammars.compile(grammar)
+
+    def compile_grammar(self, grammar: str) -> LLMatcher:
+        """For ``add``, from any thread. Raises RequestError where outputs cannot be held to it."""
+        return self._grammars.compile(grammar)
+
+    def known_grammar(self, grammar: str) -> LLMatcher | None:
+        """``compile_grammar`` of one that is compiled; None where it is not."""
+        return self._grammars.known(grammar)
 
     def abort(self, rid: str | None) -> list[RequestOutput]:
         """End one request, or all with None. Its pages are free when this returns. Returns the terminal outputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import msgspec
+from llguidance import LLMatcher
 
 from nextn.errors import RequestError
 from nextn.execution.engine import Engine
@@ -21,7 +22,7 @@ class GrammarLine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._waiting: dict[str, tuple[AddRequest, Future[None]]] = {}
+        self._waiting: dict[str, tuple[AddRequest, Future[LLMatcher]]] = {}
 
     def __len__(self) -> int:
         """How many requests wait."""
@@ -33,7 +34,10 @@ class GrammarLine:
             return [refusal(request, "invalid", f"rid: {request.rid!r} is in use by a running request; choose another")]
         if request.grammar is None:
             return _as_list(self._engine.add(request))
-        compiled = self._thread.submit(self._engine.check_grammar, request.grammar)
+        known = self._engine.known_grammar(request.grammar)
+        if known is not None:
+            return _as_list(self._engine.add(request, known))
+        compiled = self._thread.submit(self._engine.compile_grammar, request.grammar)
         if not self._waiting:
             wait([compiled], PATIENCE)
         self._waiting[request.rid] = (request, compiled)
@@ -45,11 +49,11 @@ class GrammarLine:
         for rid in [rid for rid, (_, compiled) in self._waiting.items() if compiled.done()]:
             request, compiled = self._waiting.pop(rid)
             try:
-                compiled.result()
+                matcher = compiled.result()
             except RequestError as error:
                 outputs.append(refusal(request, "invalid", str(error)))
             else:
-                outputs += _as_list(self._engine.add(request))
+                outputs += _as_list(self._engine.add(request, matcher))
         return outputs
 
     def abort(self, rid: str | None) -> list[RequestOutput]:

@@ -6,8 +6,8 @@ A matcher stands where the sequence's output ends. Rows behind drafts are reache
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence as Rows
-from functools import lru_cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -30,7 +30,7 @@ ALL = -1
 
 
 class Grammars:
-    """Owns the matchers of the sequences that have a grammar.
+    """Owns the matchers of the sequences that have a grammar. ``known`` and ``compile`` may be called from any thread.
 
     tokenizer: None where grammars are not served
     eos_token_ids: one of these follows a grammar's end
@@ -42,7 +42,8 @@ class Grammars:
         # Threads: where text is free, a mask of a large vocabulary takes a millisecond.
         self._executor = None if tokenizer is None else LLExecutor()
         self._vocab_size = vocab_size
-        self._compiled = lru_cache(maxsize=NUM_KEPT)(self._compile)
+        self._lock = threading.Lock()
+        self._compiled: dict[str, LLMatcher] = {}  # the latest used are the last
         self._matchers: WeakKeyDictionary[Sequence, _Matcher] = WeakKeyDictionary()
         self._failed: list[tuple[Sequence, str]] = []
 
@@ -60,7 +61,24 @@ class Grammars:
 
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning. Raises RequestError where the grammar cannot be served."""
-        return self._compiled(grammar).deep_copy()
+        known = self.known(grammar)
+        if known is not None:
+            return known
+        compiled = self._compile(grammar)
+        with self._lock:
+            if len(self._compiled) >= NUM_KEPT:
+                del self._compiled[next(iter(self._compiled))]
+            self._compiled[grammar] = compiled
+            return compiled.deep_copy()
+
+    def known(self, grammar: str) -> LLMatcher | None:
+        """``compile`` of what is kept; None where there is something to compile."""
+        with self._lock:
+            compiled = self._compiled.pop(grammar, None)
+            if compiled is None:
+                return None
+            self._compiled[grammar] = compiled
+            return compiled.deep_copy()
 
     def _compile(self, grammar: str) -> LLMatcher:
         if self._tokenizer is None:
