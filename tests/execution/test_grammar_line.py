@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from llguidance import LLMatcher
 from nextn.config.engine_config import EngineConfig
 from nextn.demo import checkpoint_dir
+from nextn.execution import engine_process
 from nextn.execution.engine import Engine
 from nextn.execution.grammar_line import GrammarLine
 from nextn.speculative.grammar import NUM_KEPT, Grammars
@@ -116,6 +121,25 @@ def test_whoever_waits_can_be_aborted_and_keeps_its_name(engine: Engine, line: G
     assert not line
     assert line.add(request("two", [5], 1)) == []
     assert [output.rid for output in engine.step()] == ["two"]
+
+
+def test_an_engine_that_fails_compiles_nothing_more(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process ends only when its threads have: whatever waits would be compiled first."""
+    waiting = []
+
+    def fail(_: Engine, line: GrammarLine, *__: object) -> None:
+        for number in range(3):
+            line.add(request(str(number), [5, 6], 3, grammar=slow_grammar(7 + number), ignore_eos=False))
+        waiting.extend(compiled for _, compiled in line._waiting.values())
+        raise RuntimeError("a step went wrong")
+
+    monkeypatch.setattr(engine_process, "_serve", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    engine_process.run_engine(engine.config, str(tmp_path), os.getppid(), torch.get_num_threads(), "warning")
+    assert len(waiting) == 3
+    assert [compiled.cancelled() for compiled in waiting[1:]] == [True, True]
 
 
 def _wait(line: GrammarLine) -> list:  # type: ignore[type-arg]

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 from nextn.config.engine_config import EngineConfig
@@ -74,7 +75,8 @@ def run_engine(
                     load_seconds=engine.load_seconds,
                 )
             )
-            _serve(engine, GrammarLine(engine), end, parent_pid)
+            with closing(GrammarLine(engine)) as line:
+                _serve(engine, line, end, parent_pid)
             engine.close()
     except PeerLost as error:
         end.close()
@@ -99,7 +101,6 @@ def _serve(engine: Engine, line: GrammarLine, end: EngineEnd, parent_pid: int) -
         for message in messages:
             if isinstance(message, Shutdown):
                 end.send(StepOutput(outputs + line.abort(None), engine.stats()))
-                line.close()
                 return
             outputs += _handle(engine, line, end, message)
         has_worked = engine.has_work

@@ -66,7 +66,7 @@ class GrammarLine:
         return outputs + self._engine.abort(rid)
 
     def close(self) -> None:
-        """Nothing can be added afterwards."""
+        """Nothing can be added afterwards, and what waits is not compiled: the process could not end before."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
