@@ -11,7 +11,9 @@ import msgspec
 import pytest
 from nextn.server.answers import ChatDelta, FunctionDelta, ToolCallDelta
 from nextn.server.responses_items import OutputItems
-from nextn.server.responses_request import ResponsesRequest, as_chat
+from nextn.server.responses_request import ResponsesRequest, as_chat, sealed
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from tests.server.conftest import MODEL, App, AppFactory
 from tests.server.fake_engine import CONTEXT_LENGTH
@@ -185,6 +187,52 @@ def test_what_an_answer_had_can_be_sent_back(make_app: AppFactory, stream: bool,
     )
     assert app.added[-2].input_ids == app.added[-1].input_ids
     assert "<think>Two cities.</think>" in prompt_of(app)
+
+
+@BOTH
+def test_what_the_client_writes_of_an_answer_can_be_sent_back(make_app: AppFactory, stream: bool) -> None:
+    """With all the fields that its classes have, which are more than the answer had."""
+    app = scripted(make_app, TWO_CALLS, *PARSERS)
+    found = ask(app, stream, tools=[TOOL], include=["reasoning.encrypted_content"])
+    items = [item.model_dump() for item in found.output]
+    assert None in items[2].values()
+    ask(app, stream, tools=[TOOL], input=[{"role": "user", "content": "hello"}, *items])
+    assert prompt_of(app).count("Oslo") == 1
+
+
+@pytest.mark.parametrize("script", ["Hello!", TWO_CALLS])
+def test_a_request_of_codex_is_answered_in_the_clients_own_types(make_app: AppFactory, script: str) -> None:
+    """Every field that they require is there, and has their type."""
+    app = scripted(make_app, script, *PARSERS)
+    body = {
+        "model": MODEL,
+        "instructions": "You are a coding agent.",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "read only"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": sealed("a thought")},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+            {"type": "function_call", "name": "get_weather", "arguments": "{}", "call_id": "call_1"},
+            {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+        ],
+        "tools": [{**TOOL, "strict": False}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "k",
+        "client_metadata": {"installation": "i"},
+    }
+    response = app.http.post("/v1/responses", json=body)
+    assert response.status_code == 200, response.text
+    events = [block.split("data: ", 1)[1] for block in response.text.strip().split("\n\n")]
+    types: set[str] = set()
+    for event in events:
+        types.add(TypeAdapter(ResponseStreamEvent).validate_json(event).type)
+    assert "response.completed" in types
+    assert "<think>a thought</think>" in prompt_of(app)
 
 
 def test_many_calls_in_a_row_are_read_soon() -> None:

@@ -149,7 +149,10 @@ class _Answer:
         num_reasoning = await maybe_in_thread(len(reasoning), lambda: len(tokenizer.encode(reasoning)))
         return {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
+            "input_tokens_details": {
+                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "cache_write_tokens": 0,  # of those that cost more
+            },
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": min(num_reasoning, usage.completion_tokens)},
             "total_tokens": usage.total_tokens,

@@ -87,6 +87,7 @@ class ResponsesRequest(SamplingFields, kw_only=True, frozen=True):
     """``POST /v1/responses``; fields that are not OpenAI's are those of a chat.
 
     input: a user's message, or items: messages, and what earlier answers have as ``output``
+    client_metadata: a label of Codex's
     conversation and what follows it: known so that the refusal can say what to do instead
     """
 
@@ -109,6 +110,7 @@ class ResponsesRequest(SamplingFields, kw_only=True, frozen=True):
     service_tier: str | None = None
     user: str | None = None
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    client_metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
@@ -141,12 +143,17 @@ class _Message(Strict, kw_only=True, frozen=True):
 
 
 class _Call(Strict, kw_only=True, frozen=True):
+    """caller and what follows it: null, as the openai package writes what an answer did not have"""
+
     call_id: str
     name: Annotated[str, Meta(min_length=1)]
     arguments: str
     type: str
     id: str | None = None
     status: str | None = None
+    caller: None = None
+    namespace: None = None
+    async_: None = None
 
 
 class _CallOutput(Strict, kw_only=True, frozen=True):
