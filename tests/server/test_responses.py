@@ -360,6 +360,8 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nothing"}}}}, "text.format.schema"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "json_object", "schema": {"type": "array"}}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "text", "strict": True}}}, "text.format.strict"),
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
     ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),

@@ -385,6 +385,11 @@ def _form(asked: ResponsesRequest) -> ResponseFormat | None:
     if form is None:
         return None
     if form.type != "json_schema":
+        for name in ("name", "schema", "description", "strict"):
+            if getattr(form, name) is not None:
+                where = f"text.format.{name}"
+                message = f"'{where}' belongs to the type 'json_schema', and to no other."
+                raise invalid(message, where, "invalid_value")
         return ResponseFormat(type=form.type)
     schema = JsonSchema(name=form.name or "", description=form.description, schema=form.schema, strict=form.strict)
     return ResponseFormat(type="json_schema", json_schema=schema)
