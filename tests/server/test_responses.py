@@ -319,6 +319,9 @@ def test_a_stream_that_cannot_go_on_ends_with_the_reason(make_app: AppFactory) -
     assert events[-1].response.status == "failed"
     assert events[-1].response.error is not None
     assert events[-1].response.error.message
+    (message,) = events[-1].response.output
+    assert message.status == "incomplete"
+    assert message.content[0].text == "".join(event.delta for event in events if "text.delta" in event.type) != ""
     with pytest.raises(httpx.HTTPStatusError):
         app.http.post("/v1/responses", json={"input": "hello"}).raise_for_status()
 

@@ -87,7 +87,7 @@ async def _stream(services: Services, plan: Plan, answer: _Answer) -> AsyncGener
     except (ApiError, RequestError) as error:
         if not num_events:
             raise
-        yield encoded([answer.failing(as_api_error(error))])
+        yield encoded(answer.failing(as_api_error(error)))
 
 
 async def _collect(services: Services, plan: Plan, answer: _Answer) -> bytes:
@@ -137,11 +137,12 @@ class _Answer:
         }
         return {"type": f"response.{'completed' if status == 'completed' else 'incomplete'}", "response": response}
 
-    def failing(self, error: ApiError) -> Event:
-        """The event that ends a stream that could not go on."""
+    def failing(self, error: ApiError) -> list[Event]:
+        """The events that end a stream that could not go on."""
+        events = self._items.end(is_cut=True)
         failure = {"code": "server_error", "message": error.detail.message}
         response = {**self._fields, "status": "failed", "error": failure, "output": self._items.items}
-        return {"type": "response.failed", "response": response}
+        return [*events, {"type": "response.failed", "response": response}]
 
     async def _usage(self, choice: Choice) -> dict[str, Any]:
         usage, reasoning = usage_of([choice], 1), self._items.reasoning
