@@ -58,6 +58,7 @@ def test_steps_go_on_while_a_grammar_is_compiled(engine: Engine, line: GrammarLi
     assert line.add(request("other", [5, 6, 7], 4000)) == []
     assert line.add(request("slow", [5, 6], 3, grammar=grammar, ignore_eos=False)) == []
     assert len(line) == 1
+    assert line.stats().num_queued == engine.stats().num_queued + 1
     num_steps, longest, last = 0, 0.0, time.perf_counter()
     while line:
         assert line.admit() == []

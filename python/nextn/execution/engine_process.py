@@ -100,7 +100,7 @@ def _serve(engine: Engine, line: GrammarLine, end: EngineEnd, parent_pid: int) -
         outputs = line.admit()
         for message in messages:
             if isinstance(message, Shutdown):
-                end.send(StepOutput(outputs + line.abort(None), engine.stats()))
+                end.send(StepOutput(outputs + line.abort(None), line.stats()))
                 return
             outputs += _handle(engine, line, end, message)
         has_worked = engine.has_work
@@ -108,7 +108,7 @@ def _serve(engine: Engine, line: GrammarLine, end: EngineEnd, parent_pid: int) -
         if (
             has_worked or messages or outputs
         ):  # also without outputs: a long prompt's chunks show that the engine is alive
-            end.send(StepOutput(outputs, engine.stats()))
+            end.send(StepOutput(outputs, line.stats()))
         engine.work_in_background()
         now = time.monotonic()
         if has_worked:

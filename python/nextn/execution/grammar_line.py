@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 from nextn.errors import RequestError
 from nextn.execution.engine import Engine
 from nextn.execution.outputs import refusal
-from nextn.protocol.messages import AddRequest, RequestOutput
+from nextn.protocol.messages import AddRequest, EngineStats, RequestOutput
 
 PATIENCE = 0.005
 """Seconds that a step may wait for a grammar. Most take less to compile, or are known."""
@@ -64,6 +64,11 @@ class GrammarLine:
             compiled.cancel()
             outputs += _as_list(self._engine.add(msgspec.structs.replace(request, grammar=None)))
         return outputs + self._engine.abort(rid)
+
+    def stats(self) -> EngineStats:
+        """Those of the engine; who waits here is queued as well."""
+        stats = self._engine.stats()
+        return msgspec.structs.replace(stats, num_queued=stats.num_queued + len(self))
 
     def close(self) -> None:
         """Nothing can be added afterwards, and what waits is not compiled: the process could not end before."""
