@@ -105,9 +105,8 @@ def _serve(engine: Engine, line: GrammarLine, end: EngineEnd, parent_pid: int) -
             outputs += _handle(engine, line, end, message)
         has_worked = engine.has_work
         outputs += engine.step()
-        if (
-            has_worked or messages or outputs
-        ):  # also without outputs: a long prompt's chunks show that the engine is alive
+        # Also without outputs: a long prompt's chunks show that the engine is alive.
+        if has_worked or messages or outputs:
             end.send(StepOutput(outputs, line.stats()))
         engine.work_in_background()
         now = time.monotonic()
