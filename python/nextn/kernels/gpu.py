@@ -101,10 +101,12 @@ def make_launchers(pool: Executor, kernels: Iterable[Any]) -> None:
 
     Triton 3.6 has a C compiler make it, when a kernel is first launched, which takes as long as to compile a small one.
     """
+
+    def make(kernel: Any) -> None:
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+
     by_signature = {str(kernel.src.signature): kernel for kernel in kernels}
-    make = triton.runtime.driver.active.launcher_cls
-    for made in [pool.submit(make, kernel.src, kernel.metadata) for kernel in by_signature.values()]:
-        made.result()
+    list(pool.map(make, by_signature.values()))
 
 
 def launch_options(num_warps: int, num_stages: int, *, starts_early: bool) -> dict[str, Any]:
