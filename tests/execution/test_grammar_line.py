@@ -137,6 +137,7 @@ def test_an_engine_that_fails_compiles_nothing_more(
         raise RuntimeError("a step went wrong")
 
     monkeypatch.setattr(engine_process, "_serve", fail)
+    monkeypatch.setattr(engine_process, "configure_logging", lambda *_: None)  # this process has its own
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     engine_process.run_engine(engine.config, str(tmp_path), os.getppid(), torch.get_num_threads(), "warning")
     assert len(waiting) == 3

@@ -136,6 +136,6 @@ def test_where_recording_fails_no_graph_keeps_what_it_recorded(
 def test_the_memory_plan_is_logged_and_adds_up(
     folder: Path, simulated: SimulatedCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="nextn"):
         engine_on_gpu(folder, num_draft_steps=0, enable_cuda_graph=False, max_total_tokens=64)
     check_adds_up(logged_plan(caplog))

@@ -121,7 +121,7 @@ def test_a_launched_step_sees_new_requests_on_a_cpu_too(make_engine: EngineFacto
 def test_the_memory_plan_of_a_loaded_engine_adds_up(
     make_engine: EngineFactory, cuda: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="nextn"):
         engine = make_engine(device="cuda", mem_fraction_static=0.5, max_total_tokens=4096)
     check_adds_up(logged_plan(caplog))
     answered = torch.cuda.max_memory_allocated(cuda)
