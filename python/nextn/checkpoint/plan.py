@@ -6,6 +6,7 @@ The loader carries a plan out and the doctor explains it; what can be refused wi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nextn.checkpoint.fit import check_fit
 from nextn.checkpoint.index import CheckpointIndex
@@ -73,7 +74,10 @@ def make_plan(engine_config: EngineConfig, *, want_draft: bool | None) -> LoadPl
     _check_context(source, engine_config.context_length)
     flag = f"--quantization {engine_config.quantization}" if engine_config.quantization else None
     quantization = CheckedQuantization(
-        source.quantization, source.dtypes, undeclared=remedy(source.target_tensors, "--quantization"), decided_by=flag
+        source.quantization,
+        source.dtypes,
+        undeclared=partial(remedy, source.target_tensors, "--quantization"),
+        decided_by=flag,
     )
     layout = target_layout(source.config, quantization)
     draft_source = source

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nextn.errors import QuantizationError
 from nextn.quantization.scheme import LinearScheme, QuantizationConfig
@@ -62,7 +63,7 @@ def decide_draft_quantization(
     is_declared = detected is not None
     if override is not None and detected is None and has_fp8:
         detected = config_of_tensors(draft_tensors or {}, override, f"{FLAG} {override}", "the draft")
-    checked = CheckedQuantization(detected, dtypes, undeclared=remedy(draft_tensors or {}, FLAG))
+    checked = CheckedQuantization(detected, dtypes, undeclared=partial(remedy, draft_tensors or {}, FLAG))
     method = detected.method if detected is not None and has_fp8 else "unquantized"
     if override is None:
         return DraftQuantization(checked, checked, _detected_reason(detected, has_fp8), has_fp8)

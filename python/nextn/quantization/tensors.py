@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nextn.errors import QuantizationError
@@ -20,14 +20,14 @@ class CheckedQuantization:
     declared: what config.json says; None is unquantized
     dtypes: safetensors dtype of every tensor of the checkpoint, by name
     remedy: what to do about FP8 codes that cannot be scaled
-    undeclared: what to do about FP8 codes where nothing is declared
+    undeclared: says what to do about FP8 codes where nothing is declared
     decided_by: the flag that chose the quantized linears' scheme; None where config.json did
     """
 
     declared: QuantizationConfig | None
     dtypes: Mapping[str, str]
     remedy: str = "add the scale, or quantize the checkpoint again"
-    undeclared: str = "declare them in config.json's quantization_config"
+    undeclared: Callable[[], str] = lambda: "declare them in config.json's quantization_config"
     decided_by: str | None = None
 
     @property
@@ -50,7 +50,7 @@ class CheckedQuantization:
         if dtype.startswith("F8_") and dtype != FP8_DTYPE:
             raise QuantizationError(f"{name}.weight: found {dtype}, expected {FP8_DTYPE}; {self.remedy}")
         if dtype == FP8_DTYPE and not declared.is_quantized:
-            remedy = self.undeclared if self.declared is None else "correct the quantization config"
+            remedy = self.undeclared() if self.declared is None else "correct the quantization config"
             raise QuantizationError(
                 f"{name}.weight: holds float8_e4m3fn codes, but it is declared unquantized ({declared.source}); read "
                 f"as numbers they would be garbage: {remedy}"
