@@ -154,7 +154,7 @@ class LLM:
         if len(params_list) != len(prompt_list):
             raise RequestError(f"found {len(params_list)} sampling_params for {len(prompt_list)} prompts")
         for one in params_list:
-            one.grammar(self.engine.check_grammar)  # before any request is added
+            one.grammar(self.engine.compile_grammar)  # before any request is added
         pending: dict[str, _Pending] = {}
         try:
             for prompt, one in zip(prompt_list, params_list, strict=True):
@@ -207,7 +207,7 @@ class LLM:
             input_ids=ids,
             sampling=params.for_engine(seed),
             num_top_logprobs=params.logprobs,
-            grammar=params.grammar(self.engine.check_grammar),
+            grammar=params.grammar(self.engine.compile_grammar),
         )
         while True:
             refusal = self.engine.add(request)

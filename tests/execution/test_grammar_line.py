@@ -53,7 +53,7 @@ def line(engine: Engine) -> Iterator[GrammarLine]:
 def test_steps_go_on_while_a_grammar_is_compiled(engine: Engine, line: GrammarLine) -> None:
     grammar = slow_grammar(0)
     started = time.perf_counter()
-    engine.check_grammar(slow_grammar(1))
+    engine.compile_grammar(slow_grammar(1))
     compiling = time.perf_counter() - started
     assert line.add(request("other", [5, 6, 7], 4000)) == []
     assert line.add(request("slow", [5, 6], 3, grammar=grammar, ignore_eos=False)) == []
@@ -72,14 +72,14 @@ def test_steps_go_on_while_a_grammar_is_compiled(engine: Engine, line: GrammarLi
 
 
 def test_a_grammar_that_takes_no_time_is_there_with_the_next_step(engine: Engine, line: GrammarLine) -> None:
-    engine.check_grammar(PATTERN)
+    engine.compile_grammar(PATTERN)
     assert line.add(request("a", [5, 6], 9, grammar=PATTERN, ignore_eos=False)) == []
     assert not line
     assert "a" in engine.scheduler
 
 
 def test_a_grammar_that_is_known_does_not_wait_for_others(engine: Engine, line: GrammarLine) -> None:
-    engine.check_grammar(PATTERN)
+    engine.compile_grammar(PATTERN)
     assert line.add(request("slow", [5, 6], 3, grammar=slow_grammar(5), ignore_eos=False)) == []
     assert line.add(request("known", [5, 6], 9, grammar=PATTERN, ignore_eos=False)) == []
     assert len(line) == 1

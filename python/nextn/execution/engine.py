@@ -147,12 +147,8 @@ class Engine:
             self._grammars.start(seq, matcher)
         return None
 
-    def check_grammar(self, grammar: str) -> None:
-        """Raises RequestError where outputs cannot be held to it."""
-        self._grammars.compile(grammar)
-
     def compile_grammar(self, grammar: str) -> LLMatcher:
-        """For ``add``, from any thread. Raises RequestError where outputs cannot be held to it."""
+        """From any thread: a matcher for ``add``. Raises RequestError where outputs cannot be held to it."""
         return self._grammars.compile(grammar)
 
     def known_grammar(self, grammar: str) -> LLMatcher | None:
